@@ -124,7 +124,7 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
         minatar.gym.register_envs()
     full_id = f"MinAtar/{env_id}" if f"MinAtar/{env_id}" in gym.registry else env_id
     try:
-        env = gym.make(full_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
+        env = gym.make(full_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
     except (gym.error.Error, ImportError) as error:
         known = [name.removeprefix("MinAtar/") for name in gym.registry]
         nearest = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0))
@@ -143,9 +143,8 @@ def check_args(args: Args, env: gym.Env) -> None:
         valid = "an image (Box of height x width x channels, at least 3 x 3) or flat (Box of one dimension)"
         raise UsageError(f"--env-id {args.env_id}: observations must be {valid}, not {obs_space}")
     n, total = action_space.n, args.total_timesteps
-    positive = "total_timesteps buffer_size batch_size update_frequency target_network_frequency anneal_timesteps "
-    positive += "policy_lr q_lr log_interval eval_episodes"
-    rules = [(x, getattr(args, x) is None or 0 < getattr(args, x) < math.inf, "positive") for x in positive.split()]
+    positive = [x for x in vars(args) if x.endswith(("timesteps", "size", "frequency", "lr", "interval", "episodes"))]
+    rules = [(x, getattr(args, x) is None or 0 < getattr(args, x) < math.inf, "positive") for x in positive]
     rules += [
         ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
         ("gamma", 0 <= args.gamma < 1, "in [0, 1)"),
@@ -162,8 +161,9 @@ def check_args(args: Args, env: gym.Env) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {expected}")
     if args.capture_video:
         try:
-            env.reset(seed=args.seed)
-            env.render()
+            video_env = make_env(args.env_id, render=True)
+            video_env.reset(seed=args.seed)
+            video_env.render()
         except Exception as error:
             raise UsageError(f"--capture-video: {args.env_id} cannot be rendered here: {error}") from error
 
@@ -302,14 +302,13 @@ def evaluate(actor: nn.Module, args: Args, device: torch.device, run_dir: Path) 
 
 def train(args: Args) -> Path:
     """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work."""
+    env = make_env(args.env_id)
+    check_args(args, env)
     rng = np.random.default_rng(args.seed)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-
-    env = make_env(args.env_id, args.capture_video)
-    check_args(args, env)
     obs_shape, n = env.observation_space.shape, int(env.action_space.n)
     algorithm = "KLAC" + "-" * (not args.anneal or not args.bias) + "a" * (not args.anneal) + "b" * (not args.bias)
 
@@ -332,7 +331,8 @@ def train(args: Args) -> Path:
     run_dir, writer = start_logging(args, algorithm)
     print(f"{run_dir}: {algorithm} on {args.env_id} ({device})", flush=True)
     if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "train"), video_length=1_000, gc_trigger=None)
+        env, videos = make_env(args.env_id, render=True), str(run_dir / "videos" / "train")
+        env = gym.wrappers.RecordVideo(env, videos, video_length=1_000, gc_trigger=None)
 
     obs, _ = env.reset(seed=int(rng.integers(2**31)))
     episode_rewards, start_value = [], None

@@ -1,0 +1,28 @@
+import os
+
+os.environ["WANDB_MODE"] = "offline"  # no test may reach out; the login test overrides this
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import tests.envs
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path, monkeypatch):
+    """Every test runs in an empty folder of its own, with the test environments registered and one thread."""
+    monkeypatch.chdir(tmp_path)
+    tests.envs.register()
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def scalars():
+    """A function that reads a run's folder into {tag: [(step, value), ...]}."""
+
+    def read(run_dir):
+        events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+        return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+    return read

@@ -1,0 +1,113 @@
+"""Small environments that the tests train on, registered under plain ids by importing this module."""
+
+import gymnasium as gym
+import numpy as np
+
+
+class Catch(gym.Env):
+    """A ball falls down a 7 x 7 image; +1 for being under it at the end. A random policy mostly fails."""
+
+    size = 7
+
+    def __init__(self):
+        self.observation_space = gym.spaces.Box(0, 1, (self.size, self.size, 2), bool)
+        self.action_space = gym.spaces.Discrete(3)
+
+    def _observe(self):
+        image = np.zeros(self.observation_space.shape, bool)
+        image[self.row, self.ball, 0] = True
+        image[-1, self.paddle, 1] = True
+        return image
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.row, self.ball, self.paddle = 0, int(self.np_random.integers(self.size)), self.size // 2
+        return self._observe(), {}
+
+    def step(self, action):
+        self.row += 1
+        self.paddle = int(np.clip(self.paddle + action - 1, 0, self.size - 1))
+        done = self.row == self.size - 1
+        return self._observe(), float(done and self.paddle == self.ball), done, False, {}
+
+
+class OneStep(gym.Env):
+    """Every episode is one step with reward 1; it ends by `ending`: "termination" or "truncation"."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float64)
+    action_space = gym.spaces.Discrete(3)
+
+    def __init__(self, ending="termination"):
+        self.ending = ending
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.array([1.0, 0.0]), {}
+
+    def step(self, action):
+        return np.array([1.0, 0.5]), 1.0, self.ending == "termination", self.ending == "truncation", {}
+
+
+class Bandit(gym.Env):
+    """One step an episode: +1 for the arm that the observation shows, 0 for each of the other three."""
+
+    observation_space = gym.spaces.Box(0, 1, (4,), np.float32)
+    action_space = gym.spaces.Discrete(4)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.arm = int(self.np_random.integers(4))
+        return np.eye(4, dtype=np.float32)[self.arm], {}
+
+    def step(self, action):
+        return np.zeros(4, np.float32), float(action == self.arm), True, False, {}
+
+
+class Walk(gym.Env):
+    """A walk on 0..4 that terminates at either end and is truncated by the time limit that `register` gives it."""
+
+    observation_space = gym.spaces.Box(0, 4, (3,), np.float64)
+    action_space = gym.spaces.Discrete(3)
+
+    def _observe(self):
+        return np.array([self.x, self.x % 2, self.noise])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.noise = 2, self.np_random.random()
+        return self._observe(), {}
+
+    def step(self, action):
+        self.x += int(action) - 1
+        self.noise = self.np_random.random()
+        return self._observe(), float(self.x), self.x in (0, 4), False, {}
+
+
+class Strange(gym.Env):
+    """Spaces that no script accepts."""
+
+    def __init__(self, obs=None, action=None):
+        self.observation_space = obs or gym.spaces.Box(-1, 1, (2,))
+        self.action_space = action or gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+
+def register() -> None:
+    """Registers the environments once; safe to call again."""
+    if "Catch-v0" in gym.registry:
+        return
+    gym.register("Catch-v0", Catch)
+    gym.register("Bandit-v0", Bandit)
+    gym.register("OneStepTermination-v0", OneStep, kwargs={"ending": "termination"})
+    gym.register("OneStepTruncation-v0", OneStep, kwargs={"ending": "truncation"})
+    gym.register("Walk-v0", Walk, max_episode_steps=8)
+    gym.register("TwoDimensional-v0", Strange, kwargs={"obs": gym.spaces.Box(-1, 1, (2, 2))})
+    gym.register("TinyImage-v0", Strange, kwargs={"obs": gym.spaces.Box(0, 255, (2, 2, 3), np.uint8)})
+    gym.register("DictObs-v0", Strange, kwargs={"obs": gym.spaces.Dict(x=gym.spaces.Discrete(2))})
+    gym.register("DiscreteObs-v0", Strange, kwargs={"obs": gym.spaces.Discrete(5)})
+    gym.register("OneAction-v0", Strange, kwargs={"action": gym.spaces.Discrete(1)})
+    gym.register("ShiftedActions-v0", Strange, kwargs={"action": gym.spaces.Discrete(3, start=1)})
+    gym.register("MultiDiscrete-v0", Strange, kwargs={"action": gym.spaces.MultiDiscrete([2, 2])})

@@ -1,0 +1,340 @@
+"""What a run does beside learning: reproducibility, files, logging and refusals, as its user meets them."""
+
+import ast
+import fcntl
+import json
+import os
+import pty
+import runpy
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import imageio.v3
+import numpy as np
+import pytest
+import torch
+import wandb.proto.wandb_internal_pb2 as wandb_records
+
+import klac_discrete
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "klac_discrete.py"
+GAMES = ["Breakout-v1", "Asterix-v1", "Seaquest-v1", "Freeway-v1", "SpaceInvaders-v1"]
+SHORT = ["--total-timesteps", "400", "--learning-starts", "100", "--target-network-frequency", "50"]
+SHORT += ["--log-interval", "50", "--eval-episodes", "2"]
+
+
+def main(*flags, monkeypatch, capsys):
+    """Runs the script as `python klac_discrete.py *flags` in this process: (exit code, standard output, errors)."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    return lambda *flags: main(*flags, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def actor_of(run_dir):
+    return torch.load(run_dir / "actor.pt", weights_only=True)["actor"]
+
+
+@pytest.mark.parametrize("env_id", ["Walk-v0", "Breakout-v1"])
+def test_same_seed_same_numbers_to_the_bit(scalars, env_id):
+    def numbers(seed):
+        args = klac_discrete.Args(
+            env_id=env_id, seed=seed, total_timesteps=600, learning_starts=200, target_network_frequency=100
+        )
+        args.log_interval, args.eval_episodes = 10, 2
+        run_dir = klac_discrete.train(args)
+        logged = scalars(run_dir)
+        assert logged.pop("charts/SPS")
+        assert len(logged["losses/qf1_loss"]) > 30  # crosses the warm-up, updates and copies of the targets
+        return actor_of(run_dir), logged
+
+    (actor, logged), (actor_again, logged_again), (other, _) = numbers(3), numbers(3), numbers(4)
+    assert logged == logged_again
+    assert all(torch.equal(actor[name], actor_again[name]) for name in actor)
+    assert not any(torch.equal(actor[name], other[name]) for name in actor if "weight" in name)
+
+
+@pytest.mark.parametrize("env_id", GAMES)
+def test_minatar_episode_depends_on_its_seed_alone(env_id):
+    def episode(env, seed, steps=300):
+        obs, _ = env.reset(seed=seed)
+        trace, actions = [obs.copy()], np.random.default_rng(seed)
+        for _ in range(steps):
+            obs, reward, terminated, truncated, _ = env.step(int(actions.integers(env.action_space.n)))
+            trace += [obs.copy(), reward]
+            if terminated or truncated:
+                break
+        return trace
+
+    used = klac_discrete.make_env(env_id)
+    for seed in range(20):
+        episode(used, 1000 + seed)
+        used.unwrapped.game.last_action = used.unwrapped.action_set[-1]
+        fresh = klac_discrete.make_env(f"MinAtar/{env_id}")
+        assert all(np.array_equal(a, b) for a, b in zip(episode(used, seed), episode(fresh, seed), strict=True))
+
+
+def test_every_scalar_of_a_run_is_logged(run, scalars):
+    code, out, _ = run("--env-id", "Walk-v0", *SHORT, "--run-name", "mine")
+    assert code == 0
+    assert "runs/mine" in out
+    logged = scalars("runs/mine")
+    losses = "qf1_values qf2_values qf1_loss qf2_loss qf_loss actor_loss alpha alpha_loss"
+    policy = "entropy target_entropy kl exploit_probability target_exploit_probability"
+    expected = {f"losses/{x}" for x in losses.split()} | {f"policy/{x}" for x in policy.split()}
+    expected |= {f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS", "q_minus_return")}
+    assert set(logged) == expected | {"eval/episodic_return"}
+    assert [step for step, _ in logged["losses/alpha"]] == [152, 200, 252, 300, 352]
+    lengths = [length for _, length in logged["charts/episodic_length"]]
+    assert np.cumsum(lengths).tolist() == [step + 1 for step, _ in logged["charts/episodic_length"]]
+    config = json.loads(Path("runs/mine/args.json").read_text())
+    assert config["algorithm"] == "KLAC"
+    assert config["env_id"] == "Walk-v0"
+    saved = torch.load("runs/mine/actor.pt", weights_only=True)
+    assert saved["args"].items() <= config.items()
+
+
+def test_two_runs_started_at_once_do_not_collide(run):
+    for _ in range(2):
+        assert run("--env-id", "Walk-v0", *SHORT)[0] == 0
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+BAD_INPUT = [
+    (["--env-id", "Sequest-v1"], ["--env-id Sequest-v1", "Seaquest-v1"]),
+    (["--env-id", "MinAtar/Pong-v1"], ["--env-id MinAtar/Pong-v1", "Nearest"]),
+    (["--env-id", "CartPole-v9"], ["--env-id CartPole-v9", "CartPole-v1"]),
+    (["--env-id", "no_such_module:Env-v0"], ["--env-id no_such_module:Env-v0"]),
+    (["--env-id", ""], ["--env-id"]),
+    (["--env-id", "Pendulum-v1"], ["--env-id Pendulum-v1", "klac_continuous.py"]),
+    (["--env-id", "MultiDiscrete-v0"], ["--env-id MultiDiscrete-v0", "Discrete(n)"]),
+    (["--env-id", "OneAction-v0"], ["--env-id OneAction-v0", "n >= 2"]),
+    (["--env-id", "ShiftedActions-v0"], ["--env-id ShiftedActions-v0", "from 0"]),
+    (["--env-id", "TwoDimensional-v0"], ["--env-id TwoDimensional-v0", "flat"]),
+    (["--env-id", "TinyImage-v0"], ["--env-id TinyImage-v0", "3 x 3"]),
+    (["--env-id", "DictObs-v0"], ["--env-id DictObs-v0", "flat"]),
+    (["--env-id", "DiscreteObs-v0"], ["--env-id DiscreteObs-v0", "flat"]),
+    (["--p-start", "0.2"], ["--p-start 0.2", "[1/3, 1)"]),
+    (["--p-end", "1.0"], ["--p-end 1.0", "[1/3, 1)"]),
+    (["--p-end", "nan"], ["--p-end nan", "[1/3, 1)"]),
+    (["--learning-starts", "400"], ["--learning-starts 400", "--total-timesteps 400"]),
+    (["--learning-starts", "-1"], ["--learning-starts -1"]),
+    (["--batch-size", "65", "--buffer-size", "64"], ["--batch-size 65", "--buffer-size 64"]),
+    (["--buffer-size", "9999999999999"], ["--buffer-size 9999999999999", "memory"]),
+    *[
+        ([f"--{flag}", value], [f"--{flag} {value}", "positive"])
+        for flag in ("total-timesteps", "buffer-size", "batch-size", "update-frequency", "target-network-frequency",
+                     "log-interval", "eval-episodes", "anneal-timesteps")
+        for value in ("0", "-3")
+    ],
+    *[([f"--{flag}", x], [f"--{flag} {x}"]) for flag in ("policy-lr", "q-lr") for x in ("0.0", "-0.1", "inf")],
+    (["--gamma", "1.0"], ["--gamma 1.0", "[0, 1)"]),
+    (["--gamma", "-0.1"], ["--gamma -0.1", "[0, 1)"]),
+    (["--tau", "0.0"], ["--tau 0.0", "(0, 1]"]),
+    (["--tau", "1.5"], ["--tau 1.5", "(0, 1]"]),
+    (["--alpha", "-1.0"], ["--alpha -1.0"]),
+    (["--beta", "inf"], ["--beta inf", "finite"]),
+    (["--seed", "-1"], ["--seed -1"]),
+    (["--run-name", "../elsewhere"], ["--run-name ../elsewhere", "folder name"]),
+    (["--reference", "missing.pt"], ["--reference missing.pt", "actor"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD_INPUT, ids=[" ".join(flags) for flags, _ in BAD_INPUT])
+def test_bad_input_is_one_line_and_leaves_nothing(run, flags, words):
+    code, _, errors = run(*SHORT, *(() if "--env-id" in flags else ("--env-id", "Walk-v0")), *flags)
+    assert code == 2
+    assert errors.count("\n") == 1, errors
+    assert errors.startswith("klac_discrete.py: ")
+    assert all(word in errors for word in words), errors
+    assert list(Path().iterdir()) == []
+
+
+def test_p_of_one_in_n_is_valid_and_annealing_flags_do_not_matter_without_annealing(run):
+    assert run("--env-id", "CartPole-v1", *SHORT, "--p-start", "0.5")[0] == 0
+    assert run("--env-id", "Walk-v0", *SHORT, "--no-anneal", "--p-start", "0.1")[0] == 0
+
+
+def test_bad_reference_files_are_refused(run, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    assert run("--env-id", "Bandit-v0", *SHORT, "--run-name", "other")[0] == 0
+    (tmp_path / "noise.pt").write_bytes(b"not a checkpoint")
+    torch.save({"weights": 1}, tmp_path / "keys.pt")
+    torch.save({"actor": Malicious()}, tmp_path / "malicious.pt")
+    for path in ("noise.pt", "keys.pt", "malicious.pt", "runs/other/actor.pt", "runs"):
+        code, _, errors = run("--env-id", "Walk-v0", *SHORT, "--run-name", "mine", "--reference", path)
+        assert code == 2
+        assert errors.count("\n") == 1, errors
+        assert f"--reference {path}" in errors
+        assert "earlier run" in errors
+        assert not Path("runs/mine").exists()
+    assert not (tmp_path / "owned").exists()
+    for path in ("runs/other", "runs/other/actor.pt"):
+        assert run("--env-id", "Bandit-v0", *SHORT, "--reference", path)[0] == 0
+
+
+def test_unwritable_or_taken_run_folders_are_refused(run):
+    Path("runs").write_text("a file where the folder should be")
+    code, _, errors = run("--env-id", "Walk-v0", *SHORT)
+    assert code == 2
+    assert errors.count("\n") == 1
+    assert "write" in errors
+    Path("runs").unlink()
+    assert run("--env-id", "Walk-v0", *SHORT, "--run-name", "mine")[0] == 0
+    before = sorted(Path("runs/mine").iterdir())
+    code, _, errors = run("--env-id", "Walk-v0", *SHORT, "--run-name", "mine")
+    assert code == 2
+    assert "--run-name mine" in errors
+    assert sorted(Path("runs/mine").iterdir()) == before
+
+
+@pytest.mark.parametrize("env_id", ["Seaquest-v1", "CartPole-v1"])
+def test_video_can_be_watched_and_changes_no_number(run, env_id):
+    assert run("--env-id", env_id, *SHORT, "--capture-video", "--run-name", "filmed")[0] == 0
+    assert run("--env-id", env_id, *SHORT, "--run-name", "plain")[0] == 0
+    for kind in ("train", "eval"):
+        frames = imageio.v3.imread(next(Path(f"runs/filmed/videos/{kind}").glob("*-episode-0.mp4")))
+        assert len(frames) > 5
+        assert min(frames.shape[1:3]) >= 320
+        assert frames.max() > 100
+        assert any((frame != frames[0]).any() for frame in frames)
+    filmed, plain = (actor_of(Path("runs", name)) for name in ("filmed", "plain"))
+    assert all(torch.equal(filmed[name], plain[name]) for name in plain)
+
+
+def test_what_cannot_be_rendered_is_refused(run):
+    code, _, errors = run("--env-id", "Walk-v0", *SHORT, "--capture-video")
+    assert code == 2
+    assert "--capture-video" in errors
+    assert not Path("runs").exists()
+
+
+def history_of(offline_run):
+    """The keys of W&B's records of one offline run (LevelDB's log format), counted, and the run's own record."""
+    data, position, record = next(offline_run.glob("*.wandb")).read_bytes(), 7, b""
+    counts, description = {}, None
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            parsed = wandb_records.Record.FromString(record)
+            record = b""
+            description = parsed.run if parsed.WhichOneof("record_type") == "run" else description
+            for item in parsed.history.item:
+                key = item.key or "/".join(item.nested_key)
+                counts[key] = counts.get(key, 0) + 1
+    return counts, description
+
+
+def script(*flags, folder, **environment):
+    """Runs a copy of the script alone in `folder`, as a user would, without this repository on the path."""
+    shutil.copy(SCRIPT, folder)
+    environment = {**os.environ, "HOME": str(folder), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-P", SCRIPT.name, *flags]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_script_alone_runs_in_an_empty_folder_and_writes_only_its_run(tmp_path, monkeypatch):
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    result = script("--env-id", "Breakout-v1", *SHORT, folder=folder, HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in folder.iterdir()) == [SCRIPT.name, "runs"]
+    (run_dir,) = (folder / "runs").iterdir()
+    kinds = {path.name.split(".")[0] for path in run_dir.iterdir()}
+    assert kinds == {"actor", "args", "events"}
+    assert "\r" not in result.stderr  # no progress bar where there is no terminal
+
+
+def test_the_script_imports_nothing_of_this_repository():
+    tree = ast.parse(SCRIPT.read_text())
+    imported = {a.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    dependencies = {"gymnasium", "minatar", "numpy", "torch", "tqdm", "tyro", "wandb"}
+    assert imported - set(sys.stdlib_module_names) <= dependencies
+
+
+def test_tracked_run_reaches_wandb_whole_and_labelled(tmp_path, scalars):
+    result = script("--env-id", "Breakout-v1", *SHORT, "--track", "--no-anneal", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    (offline_run,) = (tmp_path / "wandb").glob("offline-run-*")
+    counts, description = history_of(offline_run)
+    assert description.display_name == run_dir.name
+    assert (description.run_group, description.job_type) == ("Breakout-v1", "KLAC-a")
+    assert list(description.tags) == ["Breakout-v1", "KLAC-a"]
+    config = {item.key: json.loads(item.value_json) for item in description.config.update}
+    assert config["algorithm"] == "KLAC-a"
+    assert config["learning_starts"] == 100
+    for tag, values in scalars(run_dir).items():
+        assert counts[tag] == len(values), tag
+
+
+def test_tracking_without_a_login_is_refused_in_one_line(tmp_path):
+    result = script(
+        "--env-id", "Breakout-v1", *SHORT, "--track", folder=tmp_path, WANDB_MODE="online", WANDB_API_KEY=""
+    )
+    assert result.returncode == 2
+    assert "--track" in result.stderr
+    assert "wandb login" in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_terminal_shows_a_progress_bar(tmp_path):
+    shutil.copy(SCRIPT, tmp_path)
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        os.execv(sys.executable, [sys.executable, SCRIPT.name, "--env-id", "Breakout-v1", *SHORT])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    shown, deadline = b"", time.time() + 120
+    while time.time() < deadline:
+        try:
+            chunk = os.read(terminal, 4096)
+        except OSError:  # the child closed the terminal
+            break
+        shown += chunk
+    assert os.waitpid(child, 0)[1] == 0
+    assert b"400/400" in shown
+    assert b"step/s" in shown
+    assert b"return " in shown
+
+
+def test_help_explains_every_flag(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for name in klac_discrete.Args.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in out
+    source = SCRIPT.read_text()
+    args_class = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    kinds = [type(statement) for statement in args_class.body]
+    assert kinds == [ast.AnnAssign, ast.Expr] * (len(kinds) // 2)  # each field is followed by its docstring
+
+
+def test_make_env_accepts_both_names_of_a_minatar_game():
+    assert klac_discrete.make_env("Seaquest-v1").spec.id == klac_discrete.make_env("MinAtar/Seaquest-v1").spec.id
+    assert isinstance(klac_discrete.make_env("CartPole-v1").unwrapped, gym.Env)
