@@ -1,0 +1,130 @@
+"""Learning curves of finished runs: python -m plotting.curves --out results/NAME runs/A runs/B ...
+
+Writes curves.csv (binned returns, Q values, alpha, entropy), summary.csv (a row for each run) and curves.png into --out,
+and prints the summary as Markdown. `--redraw` does so from the two tables in --out instead, without any run.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+COLUMNS = {
+    "return": "charts/episodic_return",
+    "length": "charts/episodic_length",
+    "q": "losses/qf1_values",
+    "q_minus_return": "charts/q_minus_return",
+    "alpha": "losses/alpha",
+    "entropy": "policy/entropy",
+    "exploit_probability": "policy/exploit_probability",
+}
+# Okabe and Ito's palette, told apart by the colour-blind, with a line style beside each colour for greyscale
+STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"), ("#E69F00", (0, (5, 1)))]
+
+
+@dataclass
+class Args:
+    runs: Annotated[list[Path], tyro.conf.Positional] = field(default_factory=list)
+    """folders of finished runs"""
+    out: Path = Path("results/curves")
+    """folder of curves.csv, summary.csv and curves.png"""
+    bin: int = 10_000
+    """steps whose episodes are averaged into one point"""
+    redraw: bool = False
+    """draw again from the tables in --out"""
+
+
+def read_run(run_dir: Path, bin_steps: int) -> tuple[pd.DataFrame, dict]:
+    """One run as (binned curves, its row of the summary). Raises ValueError on a folder that holds no run."""
+    if not (run_dir / "args.json").is_file():
+        raise ValueError(f"{run_dir}: not a run's folder: it has no args.json")
+    args = json.loads((run_dir / "args.json").read_text())
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    series = {
+        name: pd.Series({e.step: e.value for e in events.Scalars(tag)})
+        for name, tag in COLUMNS.items()
+        if tag in events.Tags()["scalars"]
+    }
+    if "return" not in series:
+        raise ValueError(f"{run_dir}: no episode ended in this run")
+    bins = {name: values.groupby(values.index // bin_steps).mean() for name, values in series.items()}
+    curves = pd.DataFrame(bins)
+    curves.insert(0, "step", (curves.index + 1) * bin_steps)
+    labels = {
+        "task": args["env_id"].removeprefix("MinAtar/"),
+        "algorithm": args["algorithm"],
+        "beta": args["beta"] if args.get("bias") else 0.0,
+        "seed": args["seed"],
+    }
+    for position, (name, value) in enumerate(labels.items()):
+        curves.insert(position, name, value)
+
+    returns, total = series["return"], args["total_timesteps"]
+    warm_up = returns[returns.index < args["learning_starts"]]
+    summary = labels | {
+        "steps": total,
+        "random": warm_up.mean(),
+        "last 10%": returns[returns.index >= 0.9 * total].mean(),
+        "best 10": returns.nlargest(10).mean(),
+        "final Q": series["q"].iloc[-10:].mean(),
+        "final Q - return": series["q_minus_return"][lambda s: s.index >= 0.9 * total].mean(),
+        "final alpha": series["alpha"].iloc[-1],
+        "argmax": events.Scalars("eval/episodic_return")[-1].value,
+    }
+    return curves, summary
+
+
+def draw(curves: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
+    """A panel a task: each seed a thin line, the mean over seeds a thick one, the random policy a grey one."""
+    tasks = list(dict.fromkeys(curves["task"]))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3), squeeze=False, layout="constrained")
+    several_betas = curves.groupby("algorithm")["beta"].nunique().max() > 1
+    for axis, task in zip(axes[0], tasks, strict=True):
+        groups = curves[curves["task"] == task].groupby(["algorithm", "beta"])
+        for ((algorithm, beta), group), (colour, style) in zip(groups, STYLES, strict=False):
+            seeds = group.pivot_table(index="step", columns="seed", values="return")
+            label = f"{algorithm}, beta {beta:g}" if several_betas else algorithm
+            axis.plot(seeds.index / 1e3, seeds.mean(axis=1), style, color=colour, label=f"{label} (n={seeds.shape[1]})")
+            if seeds.shape[1] > 1:
+                axis.plot(seeds.index / 1e3, seeds, color=colour, linewidth=0.6, alpha=0.5)
+        axis.axhline(summary[summary["task"] == task]["random"].mean(), color="0.5", linewidth=1, label="random policy")
+        axis.set(title=task, xlabel="environment steps (thousands)", ylabel="episodic return", ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def main(args: Args) -> None:
+    if args.redraw:
+        curves, summary = pd.read_csv(args.out / "curves.csv"), pd.read_csv(args.out / "summary.csv")
+    else:
+        if not args.runs:
+            raise ValueError("no run given: name at least one run's folder, or --redraw")
+        tables = [read_run(run_dir, args.bin) for run_dir in args.runs]
+        curves = pd.concat([table for table, _ in tables]).sort_values(["task", "algorithm", "beta", "seed", "step"])
+        summary = pd.DataFrame([row for _, row in tables]).sort_values(["task", "algorithm", "beta", "seed"])
+        args.out.mkdir(parents=True, exist_ok=True)
+        curves.to_csv(args.out / "curves.csv", index=False, float_format="%.5g")
+        summary.to_csv(args.out / "summary.csv", index=False, float_format="%.4g")
+    draw(curves, summary, args.out / "curves.png")
+    rows = [list(summary.columns), ["-"] * len(summary.columns)]
+    rows += [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in summary.itertuples(index=False)]
+    print("\n".join("| " + " | ".join(row) + " |" for row in rows))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (ValueError, OSError) as error:
+        print(f"plotting.curves: {error}", file=sys.stderr)
+        sys.exit(2)
