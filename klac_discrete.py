@@ -43,7 +43,7 @@ class Args:
     seed: int = 1
     """seed of the weights, the actions, the replay samples and every episode"""
     torch_deterministic: bool = True
-    """use deterministic CUDA kernels only (the CPU is always deterministic)"""
+    """make cuDNN deterministic (the CPU always is)"""
     cuda: bool = True
     """use a GPU where there is one"""
     track: bool = False
@@ -53,12 +53,11 @@ class Args:
     wandb_entity: str | None = None
     """W&B team or user"""
     capture_video: bool = False
-    """record videos of training and evaluation episodes into the run's folder"""
+    """record clips of 300 frames, from training and evaluation, into the run's folder"""
     log_interval: int = 1_000
     """steps between two logged values of the losses and of the policy (episodes are logged as they end)"""
     eval_episodes: int = 10
     """episodes of the deterministic policy (argmax) played after training"""
-
     env_id: str = "Breakout-v1"
     """a MinAtar game (Asterix-v1, Breakout-v1, ...) or any Gymnasium id with discrete actions (CartPole-v1, ...)"""
     total_timesteps: int = 3_000_000
@@ -123,13 +122,19 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     if "MinAtar/Breakout-v1" not in gym.registry:
         minatar.gym.register_envs()
     full_id = f"MinAtar/{env_id}" if f"MinAtar/{env_id}" in gym.registry else env_id
+    gym.logger.min_level = gym.logger.ERROR
     try:
         env = gym.make(full_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
-    except (gym.error.Error, ImportError) as error:
-        known = [name.removeprefix("MinAtar/") for name in gym.registry]
+        env = MinAtarFixes(env) if full_id.startswith("MinAtar/") else env
+        if render:
+            env.reset(seed=0)
+            env.render()  # fails now rather than in the run
+        return env
+    except Exception as error:  # of Gymnasium, of an imported module, or of the environment itself
+        flags, reason = f"--env-id {env_id}" + " --capture-video" * render, " ".join(str(error).split())
+        known = [name.removeprefix("MinAtar/") for name in gym.registry if full_id not in gym.registry]
         nearest = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0))
-        raise UsageError(f"--env-id {env_id}: {' '.join(str(error).split())} Nearest ids: {nearest}") from error
-    return MinAtarFixes(env) if full_id.startswith("MinAtar/") else env
+        raise UsageError(f"{flags}: {reason} {'Nearest ids: ' * bool(nearest)}{nearest}".rstrip()) from error
 
 
 def check_args(args: Args, env: gym.Env) -> None:
@@ -139,12 +144,14 @@ def check_args(args: Args, env: gym.Env) -> None:
         valid = "Discrete(n) from 0 with n >= 2 (klac_continuous.py is the script for continuous ones)"
         raise UsageError(f"--env-id {args.env_id}: actions must be {valid}, not {action_space}")
     shape = obs_space.shape if isinstance(obs_space, gym.spaces.Box) else ()
-    if len(shape) != 1 and not (len(shape) == 3 and min(shape[:2]) >= 3):
-        valid = "an image (Box of height x width x channels, at least 3 x 3) or flat (Box of one dimension)"
+    is_image = len(shape) == 3 and min(shape[:2]) >= 3 and not shape[0] < shape[1] == shape[2]
+    if not is_image and not (len(shape) == 1 and shape[0] > 0):
+        valid = "images (H x W x channels, at least 3 x 3) or flat (one dimension)"
         raise UsageError(f"--env-id {args.env_id}: observations must be {valid}, not {obs_space}")
     n, total = action_space.n, args.total_timesteps
-    positive = [x for x in vars(args) if x.endswith(("timesteps", "size", "frequency", "lr", "interval", "episodes"))]
-    rules = [(x, getattr(args, x) is None or 0 < getattr(args, x) < math.inf, "positive") for x in positive]
+    positive = "total_timesteps buffer_size batch_size update_frequency target_network_frequency anneal_timesteps "
+    positive += "policy_lr q_lr log_interval eval_episodes"
+    rules = [(x, getattr(args, x) is None or 0 < getattr(args, x) < 2**62, "positive") for x in positive.split()]
     rules += [
         ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
         ("gamma", 0 <= args.gamma < 1, "in [0, 1)"),
@@ -154,18 +161,12 @@ def check_args(args: Args, env: gym.Env) -> None:
         ("batch_size", args.batch_size <= args.buffer_size, f"at most --buffer-size {args.buffer_size}"),
         ("learning_starts", 0 <= args.learning_starts < total, f"at least 0 and below --total-timesteps {total}"),
         *((x, not args.anneal or 1 / n <= getattr(args, x) < 1, f"in [1/{n}, 1)") for x in ("p_start", "p_end")),
-        ("run_name", args.run_name in (None, Path(args.run_name or "").name), "a plain folder name"),
+        ("exp_name", args.exp_name == Path(args.exp_name).resolve().name, "a plain folder name"),
+        ("run_name", args.run_name in (None, Path(str(args.run_name)).resolve().name), "a plain folder name"),
     ]
     for name, valid, expected in rules:
         if not valid:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {expected}")
-    if args.capture_video:
-        try:
-            video_env = make_env(args.env_id, render=True)
-            video_env.reset(seed=args.seed)
-            video_env.render()
-        except Exception as error:
-            raise UsageError(f"--capture-video: {args.env_id} cannot be rendered here: {error}") from error
 
 
 def preprocess(obs: torch.Tensor) -> torch.Tensor:
@@ -220,13 +221,12 @@ def exploit_entropy(p: float, n: int) -> float:
 
 
 def make_log_q(args: Args, obs_shape: tuple[int, ...], n: int, device: torch.device):
-    """The reference policy q: a function from observations (B, *obs) to log(n q(a|s)), (B, n) or broadcast to it.
+    """The reference policy: a function from observations (B, *obs) to log q(a|s), (B, n) or broadcast to it.
 
-    It is relative to the uniform policy, whose value is 0: with a uniform q, all that follows is SAC's to the bit.
     Replace this function to use another reference. Raises UsageError if args.reference is no actor for this task.
     """
     if args.reference is None:
-        return lambda obs: 0.0
+        return lambda obs: -math.log(n)
     path = Path(args.reference, "actor.pt") if Path(args.reference).is_dir() else args.reference
     network = make_network(obs_shape, n).to(device)
     try:
@@ -234,7 +234,7 @@ def make_log_q(args: Args, obs_shape: tuple[int, ...], n: int, device: torch.dev
     except Exception as error:  # missing, not a checkpoint, another shape: torch raises a different error for each
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"--reference {path}: must be the actor of an earlier run on this task: {reason}") from error
-    return lambda obs: F.log_softmax(network(obs), dim=1) + math.log(n)
+    return lambda obs: F.log_softmax(network(obs), dim=1)
 
 
 def td_target(batch: Batch, actor: nn.Module, target_critics, gamma: float, beta: float) -> torch.Tensor:
@@ -245,9 +245,9 @@ def td_target(batch: Batch, actor: nn.Module, target_critics, gamma: float, beta
     return batch.rewards + beta + gamma * (1 - batch.terminations) * next_v
 
 
-def actor_loss(log_pi: torch.Tensor, log_q: torch.Tensor, min_q: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """alpha KL(pi || q exp(Q / alpha) / Z) up to log Z: E_{a ~ pi}[alpha (log pi - log q) - min_i Q_i] (Eq. 13)."""
-    return (log_pi.exp() * (alpha * (log_pi - log_q) - min_q)).sum(1).mean()
+def actor_loss(log_pi: torch.Tensor, log_nq: torch.Tensor | float, min_q: torch.Tensor, alpha: torch.Tensor):
+    """alpha KL(pi || q exp(Q / alpha) / Z) up to a constant: E_{a ~ pi}[alpha (log pi - log nq) - min_i Q_i]."""
+    return (log_pi.exp() * (alpha * (log_pi - log_nq) - min_q)).sum(1).mean()
 
 
 def temperature_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: float) -> torch.Tensor:
@@ -260,21 +260,23 @@ def start_logging(args: Args, algorithm: str) -> tuple[Path, SummaryWriter]:
     task = args.env_id.split("/")[-1].split(":")[-1]
     run_dir = Path("runs", args.run_name or f"{task}__{args.exp_name}__{args.seed}__{time.time_ns() // 1000}")
     config = json.dumps({"algorithm": algorithm, **asdict(args)}, indent=2)
-    if args.track:
-        import wandb
-
-        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
-            raise UsageError("--track: no W&B login; run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
     try:
         run_dir.mkdir(parents=True)
     except OSError as error:
-        valid = "it must be a new folder where you may write"
-        raise UsageError(f"--run-name {run_dir.name}: cannot make {run_dir}: {error.strerror}; {valid}") from error
-    (run_dir / "args.json").write_text(config + "\n")
+        raise UsageError(f"--run-name {run_dir.name}: must be a new, writable folder: {error}") from error
     if args.track:
-        labels = {"name": run_dir.name, "group": task, "job_type": algorithm, "tags": [task, algorithm]}
-        project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": json.loads(config)}
-        wandb.init(**project, **labels, sync_tensorboard=True, save_code=True)
+        try:
+            import wandb
+
+            if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+                raise UsageError("no login; run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
+            labels = {"name": run_dir.name, "group": task, "job_type": algorithm, "tags": [task, algorithm]}
+            project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": json.loads(config)}
+            wandb.init(**project, **labels, sync_tensorboard=True, save_code=True, reinit="finish_previous")
+        except Exception as error:
+            run_dir.rmdir()
+            raise UsageError(f"--track: W&B: {' '.join(str(error).split())}") from error
+    (run_dir / "args.json").write_text(config + "\n")
     writer = SummaryWriter(run_dir)
     writer.add_text("hyperparameters", f"```\n{config}\n```")
     return run_dir, writer
@@ -285,7 +287,7 @@ def evaluate(actor: nn.Module, args: Args, device: torch.device, run_dir: Path) 
     """Returns of `args.eval_episodes` episodes of the most probable action, each cut at 10,000 steps."""
     env = make_env(args.env_id, args.capture_video)
     if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "eval"), video_length=1_000, gc_trigger=None)
+        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "eval"), video_length=300, gc_trigger=None)
     rng = np.random.default_rng([args.seed, 1])  # not the run's own generator: an evaluation changes nothing in a run
     returns = np.zeros(args.eval_episodes)
     for episode in range(args.eval_episodes):
@@ -302,7 +304,7 @@ def evaluate(actor: nn.Module, args: Args, device: torch.device, run_dir: Path) 
 
 def train(args: Args) -> Path:
     """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work."""
-    env = make_env(args.env_id)
+    env = make_env(args.env_id, args.capture_video)
     check_args(args, env)
     rng = np.random.default_rng(args.seed)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -320,7 +322,7 @@ def train(args: Args) -> Path:
     q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.q_lr, eps=1e-4, fused=True)
     log_alpha = torch.zeros((), requires_grad=True, device=device)
     alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, eps=1e-4, fused=True)
-    target_entropy = 0.89 * math.log(n)  # SAC's heuristic, in nats
+    target_entropy = 0.89 * math.log(n)  # SAC's heuristic, for a run without annealing
     anneal_timesteps = args.anneal_timesteps or args.total_timesteps
     alpha = log_alpha.detach().exp() if args.autotune else torch.tensor(args.alpha, device=device)
     try:
@@ -331,17 +333,15 @@ def train(args: Args) -> Path:
     run_dir, writer = start_logging(args, algorithm)
     print(f"{run_dir}: {algorithm} on {args.env_id} ({device})", flush=True)
     if args.capture_video:
-        env, videos = make_env(args.env_id, render=True), str(run_dir / "videos" / "train")
-        env = gym.wrappers.RecordVideo(env, videos, video_length=1_000, gc_trigger=None)
+        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "train"), video_length=300, gc_trigger=None)
 
     obs, _ = env.reset(seed=int(rng.integers(2**31)))
-    episode_rewards, start_value = [], None
-    recent_returns, start_time = deque(maxlen=20), time.time()
+    episode_rewards, start_value, recent_returns, start_time = [], None, deque(maxlen=20), time.time()
     steps = tqdm(range(args.total_timesteps), unit="step", dynamic_ncols=True, disable=None)
     for global_step in steps:
         # Act: at random during the warm-up, then from the policy
         if global_step < args.learning_starts:
-            action = int(rng.integers(n))
+            action, start_time = int(rng.integers(n)), time.time()  # the speed is that of the steps after the warm-up
         else:
             with torch.inference_mode():
                 x = preprocess(torch.as_tensor(obs[None], device=device))
@@ -381,9 +381,9 @@ def train(args: Args) -> Path:
             # Actor: towards q exp(Q / alpha) / Z (Eq. 13)
             with torch.no_grad():
                 min_q = torch.minimum(*(q(batch.obs) for q in critics))  # (B, n)
-                log_q_batch = log_q(batch.obs)
+                log_nq = log_q(batch.obs) + math.log(n)  # relative to the uniform policy, for which it is 0
             log_pi = F.log_softmax(actor(batch.obs), dim=1)  # (B, n)
-            pi_loss = actor_loss(log_pi, log_q_batch, min_q, alpha)
+            pi_loss = actor_loss(log_pi, log_nq, min_q, alpha)
             actor_optimizer.zero_grad()
             pi_loss.backward()
             actor_optimizer.step()
@@ -393,7 +393,7 @@ def train(args: Args) -> Path:
                 p = args.p_start + (args.p_end - args.p_start) * min(1.0, global_step / anneal_timesteps)  # line 15
                 target_entropy = exploit_entropy(p, n)
             pi, log_pi = log_pi.detach().exp(), log_pi.detach()
-            relative_entropy = -(pi * (log_pi - log_q_batch)).sum(1).mean()  # log n - KL(pi || q): H if q is uniform
+            relative_entropy = -(pi * (log_pi - log_nq)).sum(1).mean()  # log n - KL(pi || q): H if q is uniform
             if args.autotune:
                 alpha_loss = temperature_loss(log_alpha, relative_entropy, target_entropy)
                 alpha_optimizer.zero_grad()
@@ -402,7 +402,7 @@ def train(args: Args) -> Path:
                 alpha = log_alpha.detach().exp()
 
             if global_step % args.log_interval < args.update_frequency:
-                sps = global_step / (time.time() - start_time)
+                sps = (global_step - args.learning_starts) / (time.time() - start_time)
                 scalars = {
                     "charts/SPS": sps,
                     "losses/qf1_values": q1.mean(),

@@ -1,7 +1,7 @@
 """Learning curves of finished runs: python -m plotting.curves --out results/NAME runs/A runs/B ...
 
-Writes curves.csv (binned returns, Q values, alpha, entropy), summary.csv (a row for each run) and curves.png into --out,
-and prints the summary as Markdown. `--redraw` does so from the two tables in --out instead, without any run.
+Writes curves.csv (binned returns, Q values, alpha, entropy), summary.csv (a row a run) and curves.png into --out, and
+prints the summary as Markdown. `--redraw` does so from the two tables in --out instead, without any run.
 """
 
 import json
