@@ -106,6 +106,8 @@ def register() -> None:
     gym.register("Walk-v0", Walk, max_episode_steps=8)
     gym.register("TwoDimensional-v0", Strange, kwargs={"obs": gym.spaces.Box(-1, 1, (2, 2))})
     gym.register("TinyImage-v0", Strange, kwargs={"obs": gym.spaces.Box(0, 255, (2, 2, 3), np.uint8)})
+    gym.register("ChannelsFirst-v0", Strange, kwargs={"obs": gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)})
+    gym.register("Empty-v0", Strange, kwargs={"obs": gym.spaces.Box(0, 1, (0,))})
     gym.register("DictObs-v0", Strange, kwargs={"obs": gym.spaces.Dict(x=gym.spaces.Discrete(2))})
     gym.register("DiscreteObs-v0", Strange, kwargs={"obs": gym.spaces.Discrete(5)})
     gym.register("OneAction-v0", Strange, kwargs={"action": gym.spaces.Discrete(1)})

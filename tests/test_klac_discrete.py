@@ -106,8 +106,8 @@ def test_actor_loss_matches_a_loop_and_its_gradient_a_finite_difference():
     np.testing.assert_allclose(parameter.grad.numpy().ravel(), numeric, atol=1e-6)
 
 
-@pytest.mark.parametrize("reference", ["uniform", "earlier"])
-def test_the_first_update_is_the_one_worked_out_by_hand(scalars, monkeypatch, reference):
+@pytest.mark.parametrize(("reference", "alpha"), [("uniform", 1.0), ("earlier", 1.0), ("earlier", 0.37)])
+def test_the_first_update_is_the_one_worked_out_by_hand(scalars, monkeypatch, reference, alpha):
     """Critic losses, actor loss, temperature loss and KL of the first update inside train(), from the batch it drew."""
     earlier = str(klac.train(Args(env_id="Walk-v0", total_timesteps=300, seed=9, run_name="q", **TINY)))
     seen, real = [], klac.td_target
@@ -117,9 +117,11 @@ def test_the_first_update_is_the_one_worked_out_by_hand(scalars, monkeypatch, re
         return real(batch, actor, target_critics, *rest)
 
     monkeypatch.setattr(klac, "td_target", record)
-    args = Args(env_id="Walk-v0", total_timesteps=105, beta=0.5, batch_size=8, **TINY)
+    args = Args(env_id="Walk-v0", total_timesteps=105, beta=0.5, batch_size=8, policy_lr=1e-2, q_lr=2e-3, **TINY)
+    args.autotune, args.alpha = alpha == 1.0, alpha  # learned, alpha starts at 1
     args.reference = earlier if reference == "earlier" else None
-    logged = {tag: dict(values) for tag, values in scalars(klac.train(args)).items()}
+    run_dir = klac.train(args)
+    logged = {tag: dict(values) for tag, values in scalars(run_dir).items()}
     batch, actor, critics = seen[0]  # before the first update the target critics still equal the critics
     n, step = 3, 104
 
@@ -132,7 +134,7 @@ def test_the_first_update_is_the_one_worked_out_by_hand(scalars, monkeypatch, re
         gradients = torch.autograd.grad(loss, list(critic.parameters()))
         with torch.no_grad():  # Adam's first step: m / sqrt(v) is g / |g|, with eps beside |g|
             for parameter, g in zip(critic.parameters(), gradients, strict=True):
-                parameter -= 3e-4 * g / (g.abs() + 1e-4)
+                parameter -= 2e-3 * g / (g.abs() + 1e-4)
 
     q_network = klac.make_network((3,), n)
     if reference == "earlier":
@@ -144,23 +146,37 @@ def test_the_first_update_is_the_one_worked_out_by_hand(scalars, monkeypatch, re
             q = softmax_by_hand(q_network(batch.obs[i : i + 1])[0].tolist())
         q = q if reference == "earlier" else [1 / n] * n
         divergence = sum(pi[a] * math.log(pi[a] / q[a]) for a in range(n))
-        # alpha is 1 at the first update; the loss is stated up to the constant alpha log n
-        actor_loss += (divergence - math.log(n) - sum(pi[a] * min_q[a] for a in range(n))) / 8
+        # the loss is stated up to the constant alpha log n
+        actor_loss += (alpha * (divergence - math.log(n)) - sum(pi[a] * min_q[a] for a in range(n))) / 8
         entropy -= sum(pi[a] * math.log(pi[a]) for a in range(n)) / 8
         kl += divergence / 8
         best += max(pi) / 8
-    target_entropy = scipy.stats.entropy([p := 0.5 + 0.3 * step / 105, (1 - p) / 2, (1 - p) / 2])
     assert logged["losses/actor_loss"][step] == pytest.approx(actor_loss, rel=1e-4)
     assert logged["policy/entropy"][step] == pytest.approx(entropy, rel=1e-4)
     assert logged["policy/kl"][step] == pytest.approx(kl, rel=1e-4, abs=1e-6)
     assert logged["policy/exploit_probability"][step] == pytest.approx(best, rel=1e-4)
+
+    # the only update of the run: the saved actor is the initial one after one step of Adam on that loss
+    with torch.no_grad():
+        q = torch.softmax(q_network(batch.obs), 1) if reference == "earlier" else torch.full((8, n), 1 / n)
+        min_q = torch.minimum(*(critic(batch.obs) for critic in critics))
+    pi = torch.softmax(actor(batch.obs), 1)
+    loss = (pi * (alpha * torch.log(pi / q) - min_q)).sum() / 8
+    gradients = torch.autograd.grad(loss, list(actor.parameters()))
+    saved = torch.load(run_dir / "actor.pt", weights_only=True)["actor"].values()
+    for parameter, g, after in zip(actor.parameters(), gradients, saved, strict=True):
+        torch.testing.assert_close(after, parameter - 1e-2 * g / (g.abs() + 1e-4), rtol=1e-3, atol=1e-4)
+
+    if alpha != 1.0:
+        assert logged["losses/alpha"][step] == pytest.approx(alpha)
+        return
+    p = 0.5 + 0.3 * step / 105
+    target_entropy = scipy.stats.entropy([p, (1 - p) / 2, (1 - p) / 2])
     assert logged["policy/target_exploit_probability"][step] == pytest.approx(p)
     assert logged["policy/target_entropy"][step] == pytest.approx(target_entropy)
-    target_kl = math.log(n) - target_entropy
-    assert logged["losses/alpha_loss"][step] == pytest.approx(target_kl - kl, rel=1e-4, abs=1e-5)
-    # Adam's first step moves log alpha by the learning rate, against the sign of the gradient
-    moved = math.exp(-3e-4 * math.copysign(1, target_kl - kl) * abs(target_kl - kl) / (abs(target_kl - kl) + 1e-4))
-    assert logged["losses/alpha"][step] == pytest.approx(moved, rel=1e-5)
+    excess = math.log(n) - target_entropy - kl  # of the budget over the KL: of H over H*
+    assert logged["losses/alpha_loss"][step] == pytest.approx(excess, rel=1e-4, abs=1e-5)
+    assert logged["losses/alpha"][step] == pytest.approx(math.exp(-2e-3 * excess / (abs(excess) + 1e-4)), rel=1e-5)
 
 
 @pytest.mark.parametrize("start", [-3.0, 2.0])
@@ -230,6 +246,76 @@ def test_beta_is_in_the_values_and_not_in_the_returns(scalars):
     assert np.mean([v for _, v in logged["losses/qf1_values"][-100:]]) == pytest.approx(4.0, abs=0.2)  # r + beta
     # the critic's value at the start, 4, less the discounted true return, 1
     assert np.mean([v for _, v in logged["charts/q_minus_return"][-100:]]) == pytest.approx(3.0, abs=0.2)
+
+
+def test_q_minus_return_is_the_first_state_s_value_less_the_discounted_rewards(scalars, monkeypatch):
+    """Recomputed from the transitions stored and, with learning rates of almost nothing, the initial networks."""
+    stored, networks, real_add, real_network = [], [], klac.ReplayBuffer.add, klac.make_network
+    monkeypatch.setattr(klac.ReplayBuffer, "add", lambda self, *t: stored.append(t) or real_add(self, *t))
+    monkeypatch.setattr(klac, "make_network", lambda *a: networks.append(real_network(*a)) or networks[-1])
+    args = Args(env_id="Walk-v0", total_timesteps=300, gamma=0.8, policy_lr=1e-12, q_lr=1e-12, eval_episodes=1)
+    args.learning_starts = 20
+    logged = scalars(klac.train(args))["charts/q_minus_return"]
+    actor, *critics = networks
+    expected, episode = {}, []
+    ends = {step for step, _ in scalars(next(klac.Path("runs").iterdir()))["charts/episodic_return"]}
+    for step, (obs, _, reward, _, _) in enumerate(stored):
+        episode.append((step, obs, reward))
+        if step in ends:
+            first, start, _ = episode[0]
+            pi, min_q = values_by_hand(actor, critics, torch.tensor(start, dtype=torch.float32))
+            discounted = sum(0.8**t * r for t, (_, _, r) in enumerate(episode))
+            if first >= 20:  # an episode begun in the warm-up has no policy that valued it
+                expected[step] = sum(pi[a] * min_q[a] for a in range(3)) - discounted
+            episode = []
+    assert len(expected) > 20
+    assert [step for step, _ in logged] == list(expected)
+    assert [value for _, value in logged] == pytest.approx(list(expected.values()), rel=1e-4, abs=1e-4)
+
+
+def test_target_networks_move_by_tau(monkeypatch):
+    networks, seen, real_network, real_target = [], [], klac.make_network, klac.td_target
+
+    def record(batch, actor, target_critics, *rest):
+        online = [p.detach().clone() for network in networks[1:3] for p in network.parameters()]
+        seen.append((online, [p.detach().clone() for p in target_critics.parameters()]))
+        return real_target(batch, actor, target_critics, *rest)
+
+    monkeypatch.setattr(klac, "make_network", lambda *a: networks.append(real_network(*a)) or networks[-1])
+    monkeypatch.setattr(klac, "td_target", record)
+    args = Args(env_id="Walk-v0", total_timesteps=200, learning_starts=100, tau=0.25, q_lr=1e-2, eval_episodes=1)
+    args.update_frequency = args.target_network_frequency = 4
+    klac.train(args)
+    assert all(torch.equal(a, b) for a, b in zip(*seen[0], strict=True))  # they start as copies
+    for (_, before), (online, after) in itertools.pairwise(seen):
+        for start, end, parameter in zip(before, after, online, strict=True):
+            torch.testing.assert_close(end, 0.75 * start + 0.25 * parameter)
+    assert not torch.equal(*(parameters[0] for parameters in seen[-1]))
+
+
+def test_evaluation_plays_the_most_probable_action():
+    args = Args(env_id="Bandit-v0", eval_episodes=200)
+    actor = torch.nn.Linear(4, 4, bias=False)
+    actor.weight.data = 0.01 * torch.eye(4)  # the right arm is barely preferred
+    assert (klac.evaluate(actor, args, CPU, None) == 1).all()
+    actor.weight.data = -0.01 * torch.eye(4)
+    assert (klac.evaluate(actor, args, CPU, None) == 0).all()
+
+
+def test_reference_can_be_forked_as_the_documentation_says(scalars, monkeypatch):
+    """The reference of docs/forking.md: at a high temperature the policy becomes q, and KL(pi || q) falls to 0."""
+    text = (klac.Path(__file__).parent.parent / "docs" / "forking.md").read_text()
+    fork = text.split("```python\n")[1].split("```")[0]
+    namespace = {"torch": torch}
+    exec(fork, namespace)
+    monkeypatch.setattr(klac, "make_log_q", namespace["make_log_q"])
+    args = Args(env_id="Bandit-v0", total_timesteps=4_000, update_frequency=2, policy_lr=3e-3, eval_episodes=1)
+    args.learning_starts, args.log_interval, args.autotune, args.alpha = 100, 1, False, 100.0
+    logged = {tag: np.array(values).T[1] for tag, values in scalars(klac.train(args)).items()}
+    assert logged["policy/kl"][0] > 0.1
+    assert logged["policy/kl"][-1] == pytest.approx(0, abs=0.005)
+    assert logged["policy/exploit_probability"][-1] == pytest.approx(0.7, abs=0.03)
+    assert logged["policy/entropy"][-1] == pytest.approx(scipy.stats.entropy([0.7, 0.1, 0.1, 0.1]), abs=0.03)
 
 
 def test_buffer_keeps_the_last_transitions_and_each_episode_s_own_last_observation(monkeypatch):

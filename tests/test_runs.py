@@ -19,6 +19,7 @@ import imageio.v3
 import numpy as np
 import pytest
 import torch
+import wandb
 import wandb.proto.wandb_internal_pb2 as wandb_records
 
 import klac_discrete
@@ -110,10 +111,22 @@ def test_every_scalar_of_a_run_is_logged(run, scalars):
     assert saved["args"].items() <= config.items()
 
 
-def test_two_runs_started_at_once_do_not_collide(run):
-    for _ in range(2):
-        assert run("--env-id", "Walk-v0", *SHORT)[0] == 0
-    assert len(list(Path("runs").iterdir())) == 2
+def test_two_runs_started_in_the_same_second_do_not_collide():
+    folders = []
+    for _ in range(5):
+        run_dir, writer = klac_discrete.start_logging(klac_discrete.Args(), "KLAC")
+        writer.close()
+        folders.append(run_dir)
+    assert sorted(folders) == sorted(Path("runs").iterdir())
+
+
+@pytest.mark.parametrize("env_id", [*GAMES, "CartPole-v1", "Acrobot-v1"])
+def test_every_task_that_the_readme_names_trains(run, env_id):
+    code, out, errors = run("--env-id", env_id, *SHORT, "--learning-starts", "200", "--p-start", "0.6")
+    assert code == 0
+    assert errors == ""
+    assert f"KLAC on {env_id}" in out
+    assert "deterministic return" in out
 
 
 BAD_INPUT = [
@@ -122,6 +135,14 @@ BAD_INPUT = [
     (["--env-id", "CartPole-v9"], ["--env-id CartPole-v9", "CartPole-v1"]),
     (["--env-id", "no_such_module:Env-v0"], ["--env-id no_such_module:Env-v0"]),
     (["--env-id", ""], ["--env-id"]),
+    (["--env-id", "a:b:c"], ["--env-id a:b:c"]),
+    (["--env-id", "Hopper-v4"], ["--env-id Hopper-v4"]),
+    (["--env-id", "CartPole-v0", "--gamma", "2.0"], ["--gamma 2.0"]),
+    (["--env-id", "ChannelsFirst-v0"], ["--env-id ChannelsFirst-v0", "H x W x channels"]),
+    (["--env-id", "Empty-v0"], ["--env-id Empty-v0", "flat"]),
+    (["--total-timesteps", "99999999999999999999"], ["--total-timesteps 99999999999999999999"]),
+    (["--exp-name", "a/b"], ["--exp-name a/b", "folder name"]),
+    (["--run-name", ".."], ["--run-name ..", "folder name"]),
     (["--env-id", "Pendulum-v1"], ["--env-id Pendulum-v1", "klac_continuous.py"]),
     (["--env-id", "MultiDiscrete-v0"], ["--env-id MultiDiscrete-v0", "Discrete(n)"]),
     (["--env-id", "OneAction-v0"], ["--env-id OneAction-v0", "n >= 2"]),
@@ -197,7 +218,8 @@ def test_unwritable_or_taken_run_folders_are_refused(run):
     code, _, errors = run("--env-id", "Walk-v0", *SHORT)
     assert code == 2
     assert errors.count("\n") == 1
-    assert "write" in errors
+    assert "--run-name" in errors
+    assert "writable" in errors
     Path("runs").unlink()
     assert run("--env-id", "Walk-v0", *SHORT, "--run-name", "mine")[0] == 0
     before = sorted(Path("runs/mine").iterdir())
@@ -224,7 +246,8 @@ def test_video_can_be_watched_and_changes_no_number(run, env_id):
 def test_what_cannot_be_rendered_is_refused(run):
     code, _, errors = run("--env-id", "Walk-v0", *SHORT, "--capture-video")
     assert code == 2
-    assert "--capture-video" in errors
+    assert errors.startswith("klac_discrete.py: --env-id Walk-v0 --capture-video: ")
+    assert errors.count("\n") == 1
     assert not Path("runs").exists()
 
 
@@ -257,12 +280,17 @@ def script(*flags, folder, **environment):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_script_alone_runs_in_an_empty_folder_and_writes_only_its_run(tmp_path, monkeypatch):
+def test_the_script_alone_runs_in_an_empty_folder_and_writes_only_its_run(tmp_path):
     folder = tmp_path / "alone"
+    home = tmp_path / "home"
     folder.mkdir()
-    result = script("--env-id", "Breakout-v1", *SHORT, folder=folder, HOME=str(tmp_path))
+    home.mkdir()
+    result = script("--env-id", "Breakout-v1", *SHORT, folder=folder, HOME=str(home))
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in folder.iterdir()) == [SCRIPT.name, "runs"]
+    # nothing at home either, but for the font cache of Matplotlib, which MinAtar imports
+    written = {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
+    assert all("matplotlib" in path for path in written), written
     (run_dir,) = (folder / "runs").iterdir()
     kinds = {path.name.split(".")[0] for path in run_dir.iterdir()}
     assert kinds == {"actor", "args", "events"}
@@ -293,15 +321,28 @@ def test_tracked_run_reaches_wandb_whole_and_labelled(tmp_path, scalars):
         assert counts[tag] == len(values), tag
 
 
-def test_tracking_without_a_login_is_refused_in_one_line(tmp_path):
-    result = script(
-        "--env-id", "Breakout-v1", *SHORT, "--track", folder=tmp_path, WANDB_MODE="online", WANDB_API_KEY=""
-    )
+def test_two_tracked_runs_of_one_process_stay_apart(scalars):
+    run_dirs = [klac_discrete.train(klac_discrete.Args(env_id="Walk-v0", seed=seed, track=True, eval_episodes=1,
+                total_timesteps=300, learning_starts=100, log_interval=50)) for seed in (1, 2)]  # fmt: skip
+    wandb.finish()
+    histories = [history_of(offline_run) for offline_run in sorted(Path("wandb").glob("offline-run-*"))]
+    assert [description.display_name for _, description in histories] == [path.name for path in run_dirs]
+    for run_dir, (counts, _) in zip(run_dirs, histories, strict=True):
+        assert {tag: counts[tag] for tag in scalars(run_dir)} == {t: len(v) for t, v in scalars(run_dir).items()}
+
+
+@pytest.mark.parametrize(("environment", "word"), [
+    ({"WANDB_MODE": "online", "WANDB_API_KEY": ""}, "wandb login"),
+    ({"WANDB_MODE": "online", "WANDB_API_KEY": "abc"}, "--track"),
+    ({"WANDB_MODE": "bogus"}, "--track"),
+])  # fmt: skip
+def test_tracking_that_cannot_start_is_refused_in_one_line(tmp_path, environment, word):
+    result = script("--env-id", "Breakout-v1", *SHORT, "--track", folder=tmp_path, **environment)
     assert result.returncode == 2
     assert "--track" in result.stderr
-    assert "wandb login" in result.stderr
+    assert word in result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
-    assert not (tmp_path / "runs").exists()
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_terminal_shows_a_progress_bar(tmp_path):
