@@ -28,7 +28,10 @@ COLUMNS = {
     "exploit_probability": "policy/exploit_probability",
 }
 # Okabe and Ito's palette, told apart by the colour-blind, with a line style beside each colour for greyscale
-STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"), ("#E69F00", (0, (5, 1)))]
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))]
+# Runs may differ in these and still be seeds of one experiment
+FREE = {"seed", "run_name", "exp_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "cuda"}
 
 
 @dataclass
@@ -43,44 +46,40 @@ class Args:
     """draw again from the tables in --out"""
 
 
-def read_run(run_dir: Path, bin_steps: int) -> tuple[pd.DataFrame, dict]:
-    """One run as (binned curves, its row of the summary). Raises ValueError on a folder that holds no run."""
-    if not (run_dir / "args.json").is_file():
-        raise ValueError(f"{run_dir}: not a run's folder: it has no args.json")
+def read_run(run_dir: Path, bin_steps: int) -> tuple[pd.DataFrame, dict, dict]:
+    """One run as (binned curves, its row of the summary, its arguments). Raises ValueError if it is not finished."""
+    if not (run_dir / "actor.pt").is_file():
+        raise ValueError(f"{run_dir}: not the folder of a finished run: it has no actor.pt")
     args = json.loads((run_dir / "args.json").read_text())
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     series = {
-        name: pd.Series({e.step: e.value for e in events.Scalars(tag)})
+        name: pd.Series({e.step: e.value for e in events.Scalars(tag)}, dtype=float)
         for name, tag in COLUMNS.items()
         if tag in events.Tags()["scalars"]
     }
-    if "return" not in series:
-        raise ValueError(f"{run_dir}: no episode ended in this run")
-    bins = {name: values.groupby(values.index // bin_steps).mean() for name, values in series.items()}
-    curves = pd.DataFrame(bins)
-    curves.insert(0, "step", (curves.index + 1) * bin_steps)
+    if missing := COLUMNS.keys() - series.keys():
+        raise ValueError(f"{run_dir}: too short a run: it has no {', '.join(sorted(missing))}")
     labels = {
         "task": args["env_id"].removeprefix("MinAtar/"),
         "algorithm": args["algorithm"],
         "beta": args["beta"] if args.get("bias") else 0.0,
         "seed": args["seed"],
     }
-    for position, (name, value) in enumerate(labels.items()):
-        curves.insert(position, name, value)
+    curves = pd.DataFrame({name: values.groupby(values.index // bin_steps).mean() for name, values in series.items()})
+    curves = curves.assign(step=(curves.index + 1) * bin_steps, **labels)[[*labels, "step", *COLUMNS]]
 
     returns, total = series["return"], args["total_timesteps"]
-    warm_up = returns[returns.index < args["learning_starts"]]
     summary = labels | {
         "steps": total,
-        "random": warm_up.mean(),
+        "random": returns[returns.index < args["learning_starts"]].mean(),
         "last 10%": returns[returns.index >= 0.9 * total].mean(),
         "best 10": returns.nlargest(10).mean(),
-        "final Q": series["q"].iloc[-10:].mean(),
-        "final Q - return": series["q_minus_return"][lambda s: s.index >= 0.9 * total].mean(),
-        "final alpha": series["alpha"].iloc[-1],
         "argmax": events.Scalars("eval/episodic_return")[-1].value,
+        "Q": series["q"].iloc[-10:].mean(),
+        "Q - return": series["q_minus_return"][lambda s: s.index >= 0.9 * total].mean(),
+        "alpha": series["alpha"].iloc[-1],
     }
-    return curves, summary
+    return curves, summary, {name: value for name, value in args.items() if name not in FREE}
 
 
 def draw(curves: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
@@ -90,14 +89,15 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
     several_betas = curves.groupby("algorithm")["beta"].nunique().max() > 1
     for axis, task in zip(axes[0], tasks, strict=True):
         groups = curves[curves["task"] == task].groupby(["algorithm", "beta"])
-        for ((algorithm, beta), group), (colour, style) in zip(groups, STYLES, strict=False):
-            seeds = group.pivot_table(index="step", columns="seed", values="return")
+        for i, ((algorithm, beta), group) in enumerate(groups):
+            seeds = group.pivot(index="step", columns="seed", values="return")
             label = f"{algorithm}, beta {beta:g}" if several_betas else algorithm
-            axis.plot(seeds.index / 1e3, seeds.mean(axis=1), style, color=colour, label=f"{label} (n={seeds.shape[1]})")
+            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
+            axis.plot(seeds.index / 1e3, seeds.mean(axis=1), **style, label=f"{label} (n={seeds.shape[1]})")
             if seeds.shape[1] > 1:
-                axis.plot(seeds.index / 1e3, seeds, color=colour, linewidth=0.6, alpha=0.5)
+                axis.plot(seeds.index / 1e3, seeds, **style, linewidth=0.6, alpha=0.5)
         axis.axhline(summary[summary["task"] == task]["random"].mean(), color="0.5", linewidth=1, label="random policy")
-        axis.set(title=task, xlabel="environment steps (thousands)", ylabel="episodic return", ylim=(0, None))
+        axis.set(title=task, xlabel="environment steps (thousands)", ylabel="episodic return")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=160)
@@ -105,17 +105,26 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
 
 
 def main(args: Args) -> None:
-    if args.redraw:
-        curves, summary = pd.read_csv(args.out / "curves.csv"), pd.read_csv(args.out / "summary.csv")
-    else:
+    key = ["task", "algorithm", "beta", "seed"]
+    if not args.redraw:
         if not args.runs:
             raise ValueError("no run given: name at least one run's folder, or --redraw")
-        tables = [read_run(run_dir, args.bin) for run_dir in args.runs]
-        curves = pd.concat([table for table, _ in tables]).sort_values(["task", "algorithm", "beta", "seed", "step"])
-        summary = pd.DataFrame([row for _, row in tables]).sort_values(["task", "algorithm", "beta", "seed"])
+        tables, settings, seen = [], {}, {}
+        for run_dir in args.runs:
+            curves, summary, arguments = read_run(run_dir, args.bin)
+            task, algorithm, beta, seed = (summary[name] for name in key)
+            if (other := seen.setdefault((task, algorithm, beta, seed), run_dir)) is not run_dir:
+                raise ValueError(f"{run_dir}: the same task, algorithm, beta and seed as {other}")
+            first = settings.setdefault((task, algorithm, beta), arguments)
+            if different := [name for name in first if first[name] != arguments.get(name)]:
+                raise ValueError(f"{run_dir}: another experiment than its fellow seeds: {', '.join(different)} differ")
+            tables.append((curves, summary))
         args.out.mkdir(parents=True, exist_ok=True)
+        curves = pd.concat([table for table, _ in tables]).sort_values([*key, "step"])
         curves.to_csv(args.out / "curves.csv", index=False, float_format="%.5g")
+        summary = pd.DataFrame([row for _, row in tables]).sort_values(key)
         summary.to_csv(args.out / "summary.csv", index=False, float_format="%.4g")
+    curves, summary = pd.read_csv(args.out / "curves.csv"), pd.read_csv(args.out / "summary.csv")
     draw(curves, summary, args.out / "curves.png")
     rows = [list(summary.columns), ["-"] * len(summary.columns)]
     rows += [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in summary.itertuples(index=False)]

@@ -1,0 +1,51 @@
+"""plotting/curves.py on real, short runs."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import klac_discrete
+from plotting import curves
+
+
+def finished_run(seed, **flags):
+    args = klac_discrete.Args(env_id="Walk-v0", seed=seed, total_timesteps=600, learning_starts=100, **flags)
+    args.log_interval, args.eval_episodes = 20, 1
+    return klac_discrete.train(args)
+
+
+def test_tables_and_figure_follow_from_the_runs(scalars):
+    runs = [finished_run(seed, beta=beta) for beta in (0.0, 0.001, 0.01, 0.05, 0.1, 0.5, 1.0) for seed in (1, 2)]
+    curves.main(curves.Args(runs=runs, out=Path("out"), bin=200))
+    table, summary = pd.read_csv("out/curves.csv"), pd.read_csv("out/summary.csv")
+    assert len(summary) == len(runs)
+    assert len(table) == 3 * len(runs)
+
+    returns = scalars(runs[0])["charts/episodic_return"]
+    row = summary[(summary["beta"] == 0) & (summary["seed"] == 1)].iloc[0]
+    assert row["random"] == pytest.approx(np.mean([v for step, v in returns if step < 100]), rel=1e-3)
+    assert row["last 10%"] == pytest.approx(np.mean([v for step, v in returns if step >= 540]), rel=1e-3)
+    assert row["best 10"] == pytest.approx(np.mean(sorted(v for _, v in returns)[-10:]), rel=1e-3)
+    curve = table[(table["beta"] == 0) & (table["seed"] == 1)].set_index("step")["return"]
+    assert list(curve.index) == [200, 400, 600]
+    assert curve[400] == pytest.approx(np.mean([v for step, v in returns if 200 <= step < 400]), rel=1e-3)
+
+    drawn = Path("out/curves.png").read_bytes()
+    shutil.rmtree("runs")
+    curves.main(curves.Args(redraw=True, out=Path("out")))
+    assert Path("out/curves.png").read_bytes() == drawn
+
+
+def test_runs_that_are_no_fellow_seeds_are_refused():
+    first = finished_run(1)
+    for other, word in ((finished_run(1), "same"), (finished_run(2, gamma=0.9), "gamma")):
+        with pytest.raises(ValueError, match=word):
+            curves.main(curves.Args(runs=[first, other], out=Path("out")))
+    with pytest.raises(ValueError, match="finished"):
+        curves.main(curves.Args(runs=[Path("runs")], out=Path("out")))
+    with pytest.raises(ValueError, match="no run given"):
+        curves.main(curves.Args(out=Path("out")))
+    assert not Path("out").exists()
