@@ -5,7 +5,7 @@ KLAC keeps that regulariser in the actor alone. Equation and line numbers are th
 
     critic        y = r + beta + gamma (1 - terminated) E_{a' ~ pi}[min_i Q_i'(s', a')]          Eq. 12, line 10
     actor         E_{a ~ pi}[alpha (log pi - log q) - min_i Q_i]                                 Eq. 13, line 13
-    temperature   alpha (H - H*), which holds KL(pi || q) = log n - H at log n - H*              Eq. 10, line 22
+    temperature   alpha (H - H*), which holds KL(pi || q) = log n - H at log n - H*              Eq. 10, -(line 22)
     schedule      H*(p), with p, the probability of the best action, annealed linearly           section 5.4, line 17
 
 `--no-bias` sets beta to 0 (KLAC-b), `--no-anneal` holds H* at SAC's 0.89 log n (KLAC-a), both together are KLAC-ab.
@@ -149,17 +149,18 @@ def check_args(args: Args, env: gym.Env) -> None:
         valid = "images (H x W x channels, at least 3 x 3) or flat (one dimension)"
         raise UsageError(f"--env-id {args.env_id}: observations must be {valid}, not {obs_space}")
     n, total = action_space.n, args.total_timesteps
-    positive = "total_timesteps buffer_size batch_size update_frequency target_network_frequency anneal_timesteps "
+    positive = "total_timesteps buffer_size batch_size update_frequency target_network_frequency "
     positive += "policy_lr q_lr log_interval eval_episodes"
-    rules = [(x, getattr(args, x) is None or 0 < getattr(args, x) < 2**62, "positive") for x in positive.split()]
+    rules = [(x, 0 < getattr(args, x) < 2**62, "positive") for x in positive.split()]
     rules += [
         ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
         ("gamma", 0 <= args.gamma < 1, "in [0, 1)"),
         ("tau", 0 < args.tau <= 1, "in (0, 1]"),
         ("alpha", 0 <= args.alpha < math.inf, "at least 0 and finite"),
-        ("beta", math.isfinite(args.beta), "finite"),
         ("batch_size", args.batch_size <= args.buffer_size, f"at most --buffer-size {args.buffer_size}"),
         ("learning_starts", 0 <= args.learning_starts < total, f"at least 0 and below --total-timesteps {total}"),
+        ("beta", math.isfinite(args.beta), "finite"),
+        ("anneal_timesteps", args.anneal_timesteps is None or args.anneal_timesteps > 0, "positive"),
         *((x, not args.anneal or 1 / n <= getattr(args, x) < 1, f"in [1/{n}, 1)") for x in ("p_start", "p_end")),
         ("exp_name", args.exp_name == Path(args.exp_name).resolve().name, "a plain folder name"),
         ("run_name", args.run_name in (None, Path(str(args.run_name)).resolve().name), "a plain folder name"),
@@ -195,11 +196,12 @@ Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")
 class ReplayBuffer:
     """The last `capacity` transitions, observations in the environment's own dtype (float64 as float32)."""
 
-    def __init__(self, capacity: int, obs_space: gym.spaces.Box, device: torch.device):
-        obs_dtype = np.float32 if obs_space.dtype == np.float64 else obs_space.dtype
-        obs_columns = [np.zeros((capacity, *obs_space.shape), obs_dtype) for _ in range(2)]
-        actions, rewards, terminations = (np.zeros(capacity, dtype) for dtype in (np.int64, np.float32, np.float32))
-        self.columns = Batch(obs_columns[0], actions, rewards, obs_columns[1], terminations)
+    def __init__(self, capacity: int, obs_space: gym.Space, action_space: gym.Space, device: torch.device):
+        obs, actions, next_obs = (
+            np.zeros((capacity, *space.shape), np.float32 if space.dtype == np.float64 else space.dtype)
+            for space in (obs_space, action_space, obs_space)
+        )
+        self.columns = Batch(obs, actions, np.zeros(capacity, np.float32), next_obs, np.zeros(capacity, np.float32))
         self.capacity, self.device, self.added = capacity, device, 0
 
     def add(self, *transition) -> None:
@@ -209,7 +211,7 @@ class ReplayBuffer:
         self.added += 1
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> Batch:
-        """Draws transitions uniformly: obs (B, *obs), actions (B,) int64, rewards (B,), next_obs, terminations (B,)."""
+        """Draws transitions uniformly: obs and next_obs preprocessed, (B, *obs); the other columns (B, ...)."""
         i = rng.integers(min(self.added, self.capacity), size=batch_size)
         batch = Batch(*(torch.as_tensor(column[i], device=self.device) for column in self.columns))
         return batch._replace(obs=preprocess(batch.obs), next_obs=preprocess(batch.next_obs))
@@ -238,7 +240,7 @@ def make_log_q(args: Args, obs_shape: tuple[int, ...], n: int, device: torch.dev
 
 
 def td_target(batch: Batch, actor: nn.Module, target_critics, gamma: float, beta: float) -> torch.Tensor:
-    """y = r + beta + gamma (1 - terminated) E_{a' ~ pi}[min_i Q_i'(s', a')], (B,): no entropy (line 10)."""
+    """y = r + beta + gamma (1 - terminated) E_{a' ~ pi}[min_i Q_i'(s', a')], (B,): no entropy (Eq. 12, line 10)."""
     log_pi = F.log_softmax(actor(batch.next_obs), dim=1)  # (B, n)
     min_q = torch.minimum(*(q(batch.next_obs) for q in target_critics))  # (B, n)
     next_v = (log_pi.exp() * min_q).sum(1)  # (B,)
@@ -251,7 +253,7 @@ def actor_loss(log_pi: torch.Tensor, log_nq: torch.Tensor | float, min_q: torch.
 
 
 def temperature_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: float) -> torch.Tensor:
-    """alpha (H - H*): alpha falls while the policy is more random than its target (line 22, with the sign mended)."""
+    """alpha (H - H*): alpha falls while the policy is more random than its target."""
     return log_alpha.exp() * (entropy - target_entropy).detach()
 
 
@@ -322,11 +324,11 @@ def train(args: Args) -> Path:
     q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.q_lr, eps=1e-4, fused=True)
     log_alpha = torch.zeros((), requires_grad=True, device=device)
     alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, eps=1e-4, fused=True)
-    target_entropy = 0.89 * math.log(n)  # SAC's heuristic, for a run without annealing
+    target_entropy = 0.89 * math.log(n)  # SAC's heuristic, in nats
     anneal_timesteps = args.anneal_timesteps or args.total_timesteps
     alpha = log_alpha.detach().exp() if args.autotune else torch.tensor(args.alpha, device=device)
     try:
-        buffer = ReplayBuffer(args.buffer_size, env.observation_space, device)
+        buffer = ReplayBuffer(args.buffer_size, env.observation_space, env.action_space, device)
     except (MemoryError, ValueError) as error:
         raise UsageError(f"--buffer-size {args.buffer_size}: must fit into memory: {error}") from error
 
@@ -334,7 +336,6 @@ def train(args: Args) -> Path:
     print(f"{run_dir}: {algorithm} on {args.env_id} ({device})", flush=True)
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "train"), video_length=300, gc_trigger=None)
-
     obs, _ = env.reset(seed=int(rng.integers(2**31)))
     episode_rewards, start_value, recent_returns, start_time = [], None, deque(maxlen=20), time.time()
     steps = tqdm(range(args.total_timesteps), unit="step", dynamic_ncols=True, disable=None)
@@ -369,7 +370,7 @@ def train(args: Args) -> Path:
         if global_step > args.learning_starts and global_step % args.update_frequency == 0:
             batch = buffer.sample(args.batch_size, rng)
 
-            # Critics: regress both on the target (Eq. 12)
+            # Critics: regress both on the target
             with torch.no_grad():
                 y = td_target(batch, actor, target_critics, args.gamma, args.beta if args.bias else 0.0)
             q1, q2 = (q(batch.obs).gather(1, batch.actions[:, None]).squeeze(1) for q in critics)  # (B,) each
@@ -378,7 +379,7 @@ def train(args: Args) -> Path:
             (qf1_loss + qf2_loss).backward()
             q_optimizer.step()
 
-            # Actor: towards q exp(Q / alpha) / Z (Eq. 13)
+            # Actor: towards the Boltzmann policy of the critics
             with torch.no_grad():
                 min_q = torch.minimum(*(q(batch.obs) for q in critics))  # (B, n)
                 log_nq = log_q(batch.obs) + math.log(n)  # relative to the uniform policy, for which it is 0
@@ -388,7 +389,7 @@ def train(args: Args) -> Path:
             pi_loss.backward()
             actor_optimizer.step()
 
-            # Temperature: hold KL(pi || q) at its target, which is log n - H* (Eq. 10)
+            # Temperature: hold KL(pi || q) at its target, log n - H*
             if args.anneal:
                 p = args.p_start + (args.p_end - args.p_start) * min(1.0, global_step / anneal_timesteps)  # line 15
                 target_entropy = exploit_entropy(p, n)

@@ -35,10 +35,10 @@ class OneStep(gym.Env):
     """Every episode is one step with reward 1; it ends by `ending`: "termination" or "truncation"."""
 
     observation_space = gym.spaces.Box(-1, 1, (2,), np.float64)
-    action_space = gym.spaces.Discrete(3)
 
-    def __init__(self, ending="termination"):
+    def __init__(self, ending="termination", continuous=False):
         self.ending = ending
+        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32) if continuous else gym.spaces.Discrete(3)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -83,6 +83,56 @@ class Walk(gym.Env):
         return self._observe(), float(self.x), self.x in (0, 4), False, {}
 
 
+class StayOrExit(gym.Env):
+    """Table 1 of the paper: of n actions one exits with reward 1, the others stay for nothing; a clock cuts it."""
+
+    observation_space = gym.spaces.Box(0, 1, (1,), np.float32)
+
+    def __init__(self, n=10):
+        self.action_space = gym.spaces.Discrete(n)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        return np.ones(1, np.float32), float(action == 0), bool(action == 0), False, {}
+
+
+class Point(gym.Env):
+    """A point on a plane is moved by at most 1 a step, from anywhere in [-4, 4]^2; the reward is minus its distance."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.uniform(-4, 4, 2)
+        return self.x.copy(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.x = self.x + action
+        return self.x.copy(), -float(np.linalg.norm(self.x)), False, False, {}
+
+
+class Drift(gym.Env):
+    """A continuous walk that terminates beyond |x| = 2 and is truncated by its time limit; actions in [-1, 3]."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = gym.spaces.Box(-1, 3, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = 0.0
+        return np.array([self.x, 1.0, self.np_random.random()]), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.x += float(action[0]) - 1
+        return np.array([self.x, 1.0, self.np_random.random()]), self.x, abs(self.x) > 2, False, {}
+
+
 class Strange(gym.Env):
     """Spaces that no script accepts."""
 
@@ -103,6 +153,12 @@ def register() -> None:
     gym.register("Bandit-v0", Bandit)
     gym.register("OneStepTermination-v0", OneStep, kwargs={"ending": "termination"})
     gym.register("OneStepTruncation-v0", OneStep, kwargs={"ending": "truncation"})
+    for ending in ("termination", "truncation"):
+        kwargs = {"ending": ending, "continuous": True}
+        gym.register(f"ContinuousOneStep{ending.title()}-v0", OneStep, kwargs=kwargs)
+    gym.register("StayOrExit-v0", StayOrExit, max_episode_steps=200)
+    gym.register("Point-v0", Point, max_episode_steps=20)
+    gym.register("Drift-v0", Drift, max_episode_steps=8)
     gym.register("Walk-v0", Walk, max_episode_steps=8)
     gym.register("TwoDimensional-v0", Strange, kwargs={"obs": gym.spaces.Box(-1, 1, (2, 2))})
     gym.register("TinyImage-v0", Strange, kwargs={"obs": gym.spaces.Box(0, 255, (2, 2, 3), np.uint8)})
@@ -112,4 +168,11 @@ def register() -> None:
     gym.register("DiscreteObs-v0", Strange, kwargs={"obs": gym.spaces.Discrete(5)})
     gym.register("OneAction-v0", Strange, kwargs={"action": gym.spaces.Discrete(1)})
     gym.register("ShiftedActions-v0", Strange, kwargs={"action": gym.spaces.Discrete(3, start=1)})
+    gym.register("UnboundedBox-v0", Strange, kwargs={"action": gym.spaces.Box(-np.inf, np.inf, (1,))})
+    gym.register("HalfBoundedBox-v0", Strange, kwargs={"action": gym.spaces.Box(np.float32([0]), np.float32([np.inf]))})
+    gym.register("FlatBox-v0", Strange, kwargs={"action": gym.spaces.Box(np.float32([0.5]), np.float32([0.5]))})
+    gym.register("MatrixBox-v0", Strange, kwargs={"action": gym.spaces.Box(-1, 1, (2, 2))})
+    box = gym.spaces.Box(-1, 1, (1,))
+    image = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+    gym.register("ContinuousImage-v0", Strange, kwargs={"obs": image, "action": box})
     gym.register("MultiDiscrete-v0", Strange, kwargs={"action": gym.spaces.MultiDiscrete([2, 2])})

@@ -335,7 +335,7 @@ def test_buffer_keeps_the_last_transitions_and_each_episode_s_own_last_observati
     assert ended_by_termination > 3
     assert ended_by_time > 3
 
-    buffer = klac.ReplayBuffer(5, gym.spaces.Box(-100, 100, (1,), np.float64), CPU)
+    buffer = klac.ReplayBuffer(5, gym.spaces.Box(-100, 100, (1,), np.float64), gym.spaces.Discrete(3), CPU)
     for t in range(13):
         buffer.add(np.array([t]), t % 3, t, np.array([t + 1]), False)
     batch = buffer.sample(200, np.random.default_rng(0))
@@ -346,8 +346,8 @@ def test_buffer_keeps_the_last_transitions_and_each_episode_s_own_last_observati
 
 
 def test_seaquest_buffer_takes_at_most_210_mb():
-    space = klac.make_env("Seaquest-v1").observation_space
-    buffer = klac.ReplayBuffer(100_000, space, CPU)
+    env = klac.make_env("Seaquest-v1")
+    buffer = klac.ReplayBuffer(100_000, env.observation_space, env.action_space, CPU)
     assert buffer.columns.obs.dtype == bool
     assert sum(column.nbytes for column in buffer.columns) <= 210e6
 

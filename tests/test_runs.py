@@ -2,6 +2,7 @@
 
 import ast
 import fcntl
+import importlib
 import json
 import os
 import pty
@@ -25,17 +26,24 @@ import wandb.proto.wandb_internal_pb2 as wandb_records
 import klac_discrete
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "klac_discrete.py"
+SCRIPT = ROOT / "klac_discrete.py"  # where the scripts share the code, one of them stands for all (see test_family.py)
+# Each script with a task of the tests and one that a user would name
+SCRIPTS = {
+    "klac_discrete": ("Walk-v0", "Breakout-v1"),
+    "sac_discrete": ("Walk-v0", "Breakout-v1"),
+    "klac_continuous": ("Drift-v0", "Pendulum-v1"),
+    "sac_continuous": ("Drift-v0", "Pendulum-v1"),
+}
 GAMES = ["Breakout-v1", "Asterix-v1", "Seaquest-v1", "Freeway-v1", "SpaceInvaders-v1"]
 SHORT = ["--total-timesteps", "400", "--learning-starts", "100", "--target-network-frequency", "50"]
-SHORT += ["--log-interval", "50", "--eval-episodes", "2"]
+SHORT += ["--log-interval", "50", "--eval-episodes", "2", "--batch-size", "64", "--buffer-size", "1000"]
 
 
-def main(*flags, monkeypatch, capsys):
-    """Runs the script as `python klac_discrete.py *flags` in this process: (exit code, standard output, errors)."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
+def main(name, *flags, monkeypatch, capsys):
+    """Runs the script as `python NAME.py *flags` in this process: (exit code, standard output, errors)."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
     try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
         code = 0
     except SystemExit as stop:
         code = stop.code
@@ -45,30 +53,38 @@ def main(*flags, monkeypatch, capsys):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    return lambda *flags: main(*flags, monkeypatch=monkeypatch, capsys=capsys)
+    return lambda *flags: main("klac_discrete", *flags, monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    return lambda name, *flags: main(name, *flags, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def actor_of(run_dir):
     return torch.load(run_dir / "actor.pt", weights_only=True)["actor"]
 
 
-@pytest.mark.parametrize("env_id", ["Walk-v0", "Breakout-v1"])
-def test_same_seed_same_numbers_to_the_bit(scalars, env_id):
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("task", [0, 1])
+def test_same_seed_same_numbers_to_the_bit(scalars, name, task):
+    module = importlib.import_module(name)
+
     def numbers(seed):
-        args = klac_discrete.Args(
-            env_id=env_id, seed=seed, total_timesteps=600, learning_starts=200, target_network_frequency=100
+        args = module.Args(
+            env_id=SCRIPTS[name][task], seed=seed, total_timesteps=450, learning_starts=200, buffer_size=300
         )
-        args.log_interval, args.eval_episodes = 10, 2
-        run_dir = klac_discrete.train(args)
+        args.log_interval, args.eval_episodes, args.target_network_frequency = 4, 2, 50
+        run_dir = module.train(args)
         logged = scalars(run_dir)
         assert logged.pop("charts/SPS")
-        assert len(logged["losses/qf1_loss"]) > 30  # crosses the warm-up, updates and copies of the targets
+        assert len(logged["losses/qf1_loss"]) > 50  # crosses the warm-up, updates and copies of the targets
         return actor_of(run_dir), logged
 
     (actor, logged), (actor_again, logged_again), (other, _) = numbers(3), numbers(3), numbers(4)
     assert logged == logged_again
-    assert all(torch.equal(actor[name], actor_again[name]) for name in actor)
-    assert not any(torch.equal(actor[name], other[name]) for name in actor if "weight" in name)
+    assert all(torch.equal(actor[key], actor_again[key]) for key in actor)
+    assert not any(torch.equal(actor[key], other[key]) for key in actor if "weight" in key)
 
 
 @pytest.mark.parametrize("env_id", GAMES)
@@ -91,22 +107,25 @@ def test_minatar_episode_depends_on_its_seed_alone(env_id):
         assert all(np.array_equal(a, b) for a, b in zip(episode(used, seed), episode(fresh, seed), strict=True))
 
 
-def test_every_scalar_of_a_run_is_logged(run, scalars):
-    code, out, _ = run("--env-id", "Walk-v0", *SHORT, "--run-name", "mine")
-    assert code == 0
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_scalar_of_a_run_is_logged(run_script, scalars, name):
+    code, out, errors = run_script(name, "--env-id", SCRIPTS[name][0], *SHORT, "--run-name", "mine")
+    assert (code, errors) == (0, "")
     assert "runs/mine" in out
     logged = scalars("runs/mine")
     losses = "qf1_values qf2_values qf1_loss qf2_loss qf_loss actor_loss alpha alpha_loss"
-    policy = "entropy target_entropy kl exploit_probability target_exploit_probability"
+    policy = "entropy target_entropy kl exploit_probability"
+    policy += " target_exploit_probability" * name.startswith("klac")
     expected = {f"losses/{x}" for x in losses.split()} | {f"policy/{x}" for x in policy.split()}
     expected |= {f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS", "q_minus_return")}
     assert set(logged) == expected | {"eval/episodic_return"}
-    assert [step for step, _ in logged["losses/alpha"]] == [152, 200, 252, 300, 352]
+    steps = [152, 200, 252, 300, 352] if name.endswith("discrete") else [150, 200, 250, 300, 350]
+    assert [step for step, _ in logged["losses/alpha"]] == steps
     lengths = [length for _, length in logged["charts/episodic_length"]]
     assert np.cumsum(lengths).tolist() == [step + 1 for step, _ in logged["charts/episodic_length"]]
     config = json.loads(Path("runs/mine/args.json").read_text())
-    assert config["algorithm"] == "KLAC"
-    assert config["env_id"] == "Walk-v0"
+    assert config["algorithm"] == ("KLAC" if name.startswith("klac") else "SAC")
+    assert config["env_id"] == SCRIPTS[name][0]
     saved = torch.load("runs/mine/actor.pt", weights_only=True)
     assert saved["args"].items() <= config.items()
 
@@ -129,39 +148,20 @@ def test_every_task_that_the_readme_names_trains(run, env_id):
     assert "deterministic return" in out
 
 
-BAD_INPUT = [
-    (["--env-id", "Sequest-v1"], ["--env-id Sequest-v1", "Seaquest-v1"]),
-    (["--env-id", "MinAtar/Pong-v1"], ["--env-id MinAtar/Pong-v1", "Nearest"]),
-    (["--env-id", "CartPole-v9"], ["--env-id CartPole-v9", "CartPole-v1"]),
+BAD_FLAGS = [
     (["--env-id", "no_such_module:Env-v0"], ["--env-id no_such_module:Env-v0"]),
     (["--env-id", ""], ["--env-id"]),
     (["--env-id", "a:b:c"], ["--env-id a:b:c"]),
-    (["--env-id", "Hopper-v4"], ["--env-id Hopper-v4"]),
-    (["--env-id", "CartPole-v0", "--gamma", "2.0"], ["--gamma 2.0"]),
-    (["--env-id", "ChannelsFirst-v0"], ["--env-id ChannelsFirst-v0", "H x W x channels"]),
-    (["--env-id", "Empty-v0"], ["--env-id Empty-v0", "flat"]),
-    (["--total-timesteps", "99999999999999999999"], ["--total-timesteps 99999999999999999999"]),
-    (["--exp-name", "a/b"], ["--exp-name a/b", "folder name"]),
-    (["--run-name", ".."], ["--run-name ..", "folder name"]),
-    (["--env-id", "Pendulum-v1"], ["--env-id Pendulum-v1", "klac_continuous.py"]),
-    (["--env-id", "MultiDiscrete-v0"], ["--env-id MultiDiscrete-v0", "Discrete(n)"]),
-    (["--env-id", "OneAction-v0"], ["--env-id OneAction-v0", "n >= 2"]),
-    (["--env-id", "ShiftedActions-v0"], ["--env-id ShiftedActions-v0", "from 0"]),
-    (["--env-id", "TwoDimensional-v0"], ["--env-id TwoDimensional-v0", "flat"]),
-    (["--env-id", "TinyImage-v0"], ["--env-id TinyImage-v0", "3 x 3"]),
-    (["--env-id", "DictObs-v0"], ["--env-id DictObs-v0", "flat"]),
-    (["--env-id", "DiscreteObs-v0"], ["--env-id DiscreteObs-v0", "flat"]),
-    (["--p-start", "0.2"], ["--p-start 0.2", "[1/3, 1)"]),
-    (["--p-end", "1.0"], ["--p-end 1.0", "[1/3, 1)"]),
-    (["--p-end", "nan"], ["--p-end nan", "[1/3, 1)"]),
+    (["--env-id", "MultiDiscrete-v0"], ["--env-id MultiDiscrete-v0"]),
     (["--learning-starts", "400"], ["--learning-starts 400", "--total-timesteps 400"]),
     (["--learning-starts", "-1"], ["--learning-starts -1"]),
     (["--batch-size", "65", "--buffer-size", "64"], ["--batch-size 65", "--buffer-size 64"]),
     (["--buffer-size", "9999999999999"], ["--buffer-size 9999999999999", "memory"]),
+    (["--total-timesteps", "99999999999999999999"], ["--total-timesteps 99999999999999999999"]),
     *[
         ([f"--{flag}", value], [f"--{flag} {value}", "positive"])
-        for flag in ("total-timesteps", "buffer-size", "batch-size", "update-frequency", "target-network-frequency",
-                     "log-interval", "eval-episodes", "anneal-timesteps")
+        for flag in ("total-timesteps", "buffer-size", "batch-size", "target-network-frequency", "log-interval",
+                     "eval-episodes")
         for value in ("0", "-3")
     ],
     *[([f"--{flag}", x], [f"--{flag} {x}"]) for flag in ("policy-lr", "q-lr") for x in ("0.0", "-0.1", "inf")],
@@ -170,19 +170,67 @@ BAD_INPUT = [
     (["--tau", "0.0"], ["--tau 0.0", "(0, 1]"]),
     (["--tau", "1.5"], ["--tau 1.5", "(0, 1]"]),
     (["--alpha", "-1.0"], ["--alpha -1.0"]),
-    (["--beta", "inf"], ["--beta inf", "finite"]),
     (["--seed", "-1"], ["--seed -1"]),
+    (["--exp-name", "a/b"], ["--exp-name a/b", "folder name"]),
     (["--run-name", "../elsewhere"], ["--run-name ../elsewhere", "folder name"]),
+    (["--run-name", ".."], ["--run-name ..", "folder name"]),
+]  # fmt: skip
+BAD_KLAC = [
+    (["--p-end", "1.0"], ["--p-end 1.0", "1)"]),
+    (["--p-end", "nan"], ["--p-end nan", "1)"]),
+    (["--p-start", "0.0"], ["--p-start 0.0", "1)"]),
+    (["--beta", "inf"], ["--beta inf", "finite"]),
+    (["--anneal-timesteps", "0"], ["--anneal-timesteps 0", "positive"]),
     (["--reference", "missing.pt"], ["--reference missing.pt", "actor"]),
+]
+BAD_DISCRETE = [
+    (["--env-id", "Sequest-v1"], ["--env-id Sequest-v1", "Seaquest-v1"]),
+    (["--env-id", "MinAtar/Pong-v1"], ["--env-id MinAtar/Pong-v1", "Nearest"]),
+    (["--env-id", "CartPole-v9"], ["--env-id CartPole-v9", "CartPole-v1"]),
+    (["--env-id", "Pendulum-v1"], ["--env-id Pendulum-v1", "ac_continuous.py"]),
+    (["--env-id", "Hopper-v4"], ["--env-id Hopper-v4"]),
+    (["--env-id", "CartPole-v0", "--gamma", "2.0"], ["--gamma 2.0"]),
+    (["--env-id", "OneAction-v0"], ["--env-id OneAction-v0", "n >= 2"]),
+    (["--env-id", "ShiftedActions-v0"], ["--env-id ShiftedActions-v0", "from 0"]),
+    (["--env-id", "TwoDimensional-v0"], ["--env-id TwoDimensional-v0", "flat"]),
+    (["--env-id", "TinyImage-v0"], ["--env-id TinyImage-v0", "3 x 3"]),
+    (["--env-id", "ChannelsFirst-v0"], ["--env-id ChannelsFirst-v0", "H x W x channels"]),
+    (["--env-id", "Empty-v0"], ["--env-id Empty-v0", "flat"]),
+    (["--env-id", "DictObs-v0"], ["--env-id DictObs-v0", "flat"]),
+    (["--env-id", "DiscreteObs-v0"], ["--env-id DiscreteObs-v0", "flat"]),
+    (["--update-frequency", "0"], ["--update-frequency 0", "positive"]),
+]
+BAD_CONTINUOUS = [
+    (["--env-id", "HalfCheeta-v5"], ["--env-id HalfCheeta-v5", "HalfCheetah-v5"]),
+    (["--env-id", "CartPole-v1"], ["--env-id CartPole-v1", "ac_discrete.py"]),
+    (["--env-id", "UnboundedBox-v0"], ["--env-id UnboundedBox-v0", "bounded"]),
+    (["--env-id", "HalfBoundedBox-v0"], ["--env-id HalfBoundedBox-v0", "bounded"]),
+    (["--env-id", "FlatBox-v0"], ["--env-id FlatBox-v0", "bounded"]),
+    (["--env-id", "MatrixBox-v0"], ["--env-id MatrixBox-v0", "one dimension"]),
+    (["--env-id", "ContinuousImage-v0"], ["--env-id ContinuousImage-v0", "flat"]),
+    (["--policy-frequency", "0"], ["--policy-frequency 0", "positive"]),
+    (["--exploit-radius", "0.0"], ["--exploit-radius 0.0", "positive"]),
+]
+BAD_INPUT = [
+    pytest.param(name, flags, words, id=" ".join([name, *flags]))
+    for name in SCRIPTS
+    for flags, words in BAD_FLAGS
+    + BAD_KLAC * name.startswith("klac")
+    + (BAD_DISCRETE if name.endswith("discrete") else BAD_CONTINUOUS)
+]
+BAD_INPUT += [
+    pytest.param("klac_discrete", ["--p-start", "0.2"], ["--p-start 0.2", "[1/3, 1)"], id="p below 1/n"),
+    pytest.param("klac_continuous", ["--exploit-radius", "2.0"], ["--exploit-radius 2.0", "--p-start 0.5", "r below"],
+                 id="unreachable target"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("flags", "words"), BAD_INPUT, ids=[" ".join(flags) for flags, _ in BAD_INPUT])
-def test_bad_input_is_one_line_and_leaves_nothing(run, flags, words):
-    code, _, errors = run(*SHORT, *(() if "--env-id" in flags else ("--env-id", "Walk-v0")), *flags)
+@pytest.mark.parametrize(("name", "flags", "words"), BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing(run_script, name, flags, words):
+    code, _, errors = run_script(name, "--env-id", SCRIPTS[name][0], *SHORT, *flags)
     assert code == 2
     assert errors.count("\n") == 1, errors
-    assert errors.startswith("klac_discrete.py: ")
+    assert errors.startswith(f"{name}.py: ")
     assert all(word in errors for word in words), errors
     assert list(Path().iterdir()) == []
 
@@ -192,17 +240,21 @@ def test_p_of_one_in_n_is_valid_and_annealing_flags_do_not_matter_without_anneal
     assert run("--env-id", "Walk-v0", *SHORT, "--no-anneal", "--p-start", "0.1")[0] == 0
 
 
-def test_bad_reference_files_are_refused(run, tmp_path):
+@pytest.mark.parametrize(("name", "other_task"), [("klac_discrete", "Bandit-v0"), ("klac_continuous", "Point-v0")])
+def test_bad_reference_files_are_refused(run_script, tmp_path, name, other_task):
+    def run(*flags):
+        return run_script(name, *flags)
+
     class Malicious:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "owned"),)
 
-    assert run("--env-id", "Bandit-v0", *SHORT, "--run-name", "other")[0] == 0
+    assert run("--env-id", other_task, *SHORT, "--run-name", "other")[0] == 0
     (tmp_path / "noise.pt").write_bytes(b"not a checkpoint")
     torch.save({"weights": 1}, tmp_path / "keys.pt")
     torch.save({"actor": Malicious()}, tmp_path / "malicious.pt")
     for path in ("noise.pt", "keys.pt", "malicious.pt", "runs/other/actor.pt", "runs"):
-        code, _, errors = run("--env-id", "Walk-v0", *SHORT, "--run-name", "mine", "--reference", path)
+        code, _, errors = run("--env-id", SCRIPTS[name][0], *SHORT, "--run-name", "mine", "--reference", path)
         assert code == 2
         assert errors.count("\n") == 1, errors
         assert f"--reference {path}" in errors
@@ -210,7 +262,7 @@ def test_bad_reference_files_are_refused(run, tmp_path):
         assert not Path("runs/mine").exists()
     assert not (tmp_path / "owned").exists()
     for path in ("runs/other", "runs/other/actor.pt"):
-        assert run("--env-id", "Bandit-v0", *SHORT, "--reference", path)[0] == 0
+        assert run("--env-id", other_task, *SHORT, "--reference", path)[0] == 0
 
 
 def test_unwritable_or_taken_run_folders_are_refused(run):
@@ -229,10 +281,13 @@ def test_unwritable_or_taken_run_folders_are_refused(run):
     assert sorted(Path("runs/mine").iterdir()) == before
 
 
-@pytest.mark.parametrize("env_id", ["Seaquest-v1", "CartPole-v1"])
-def test_video_can_be_watched_and_changes_no_number(run, env_id):
-    assert run("--env-id", env_id, *SHORT, "--capture-video", "--run-name", "filmed")[0] == 0
-    assert run("--env-id", env_id, *SHORT, "--run-name", "plain")[0] == 0
+@pytest.mark.parametrize(
+    ("name", "env_id"),
+    [("klac_discrete", "Seaquest-v1"), ("sac_discrete", "CartPole-v1"), ("klac_continuous", "Pendulum-v1")],
+)
+def test_video_can_be_watched_and_changes_no_number(run_script, name, env_id):
+    assert run_script(name, "--env-id", env_id, *SHORT, "--capture-video", "--run-name", "filmed")[0] == 0
+    assert run_script(name, "--env-id", env_id, *SHORT, "--run-name", "plain")[0] == 0
     for kind in ("train", "eval"):
         frames = imageio.v3.imread(next(Path(f"runs/filmed/videos/{kind}").glob("*-episode-0.mp4")))
         assert len(frames) > 5
@@ -272,22 +327,23 @@ def history_of(offline_run):
     return counts, description
 
 
-def script(*flags, folder, **environment):
+def script(*flags, folder, name="klac_discrete", **environment):
     """Runs a copy of the script alone in `folder`, as a user would, without this repository on the path."""
-    shutil.copy(SCRIPT, folder)
+    shutil.copy(ROOT / f"{name}.py", folder)
     environment = {**os.environ, "HOME": str(folder), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-P", SCRIPT.name, *flags]
+    command = [sys.executable, "-P", f"{name}.py", *flags]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_script_alone_runs_in_an_empty_folder_and_writes_only_its_run(tmp_path):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_script_alone_runs_in_an_empty_folder_and_writes_only_its_run(tmp_path, name):
     folder = tmp_path / "alone"
     home = tmp_path / "home"
     folder.mkdir()
     home.mkdir()
-    result = script("--env-id", "Breakout-v1", *SHORT, folder=folder, HOME=str(home))
+    result = script("--env-id", SCRIPTS[name][1], *SHORT, folder=folder, name=name, HOME=str(home))
     assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in folder.iterdir()) == [SCRIPT.name, "runs"]
+    assert {path.name for path in folder.iterdir()} == {f"{name}.py", "runs"}
     # nothing at home either, but for the font cache of Matplotlib, which MinAtar imports
     written = {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
     assert all("matplotlib" in path for path in written), written
@@ -297,8 +353,9 @@ def test_the_script_alone_runs_in_an_empty_folder_and_writes_only_its_run(tmp_pa
     assert "\r" not in result.stderr  # no progress bar where there is no terminal
 
 
-def test_the_script_imports_nothing_of_this_repository():
-    tree = ast.parse(SCRIPT.read_text())
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_script_imports_nothing_of_this_repository(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
     imported = {a.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
     imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     dependencies = {"gymnasium", "minatar", "numpy", "torch", "tqdm", "tyro", "wandb"}
@@ -365,12 +422,13 @@ def test_terminal_shows_a_progress_bar(tmp_path):
     assert b"return " in shown
 
 
-def test_help_explains_every_flag(run):
-    code, out, _ = run("--help")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_explains_every_flag(run_script, name):
+    code, out, _ = run_script(name, "--help")
     assert code == 0
-    for name in klac_discrete.Args.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in out
-    source = SCRIPT.read_text()
+    for flag in importlib.import_module(name).Args.__dataclass_fields__:
+        assert f"--{flag.replace('_', '-')}" in out
+    source = (ROOT / f"{name}.py").read_text()
     args_class = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args")
     kinds = [type(statement) for statement in args_class.body]
     assert kinds == [ast.AnnAssign, ast.Expr] * (len(kinds) // 2)  # each field is followed by its docstring

@@ -1,0 +1,479 @@
+"""KLAC (Kullback-Leibler Actor-Critic) for continuous actions, in one file.
+
+SAC pays its critic for the policy's entropy, which can make staying random and alive worth more than the task's reward.
+KLAC keeps that regulariser in the actor alone. Equation and line numbers are the paper's:
+
+    critic        y = r + beta + gamma (1 - terminated) min_i Q_i'(s', a'), a' ~ pi              Eq. 12, line 10
+    actor         E_{a ~ pi}[alpha (log pi - log q) - min_i Q_i]                                 Eq. 13, line 13
+    temperature   alpha (H - H*), which holds KL(pi || q) = log vol - H at log vol - H*          Eq. 10, -(line 22)
+    schedule      H*(p), with p, the probability of an action within r of the mode, annealed     section 5.4, line 19
+
+`--no-bias` sets beta to 0 (KLAC-b), `--no-anneal` holds H* at SAC's -d (KLAC-a), both together are KLAC-ab.
+The README explains the flags and the metrics; docs/algorithms.md lists where the paper is silent or misprinted.
+"""
+
+import copy
+import difflib
+import json
+import math
+import random
+import sys
+import time
+from collections import deque, namedtuple
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    """name of this experiment, part of the run's name"""
+    run_name: str | None = None
+    """folder of this run under runs/ (default: {env_id}__{exp_name}__{seed}__{timestamp})"""
+    seed: int = 1
+    """seed of the weights, the actions, the replay samples and every episode"""
+    torch_deterministic: bool = True
+    """make cuDNN deterministic (the CPU always is)"""
+    cuda: bool = True
+    """use a GPU where there is one"""
+    track: bool = False
+    """send the run to Weights & Biases as well (WANDB_MODE=offline needs no login)"""
+    wandb_project_name: str = "klac"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B team or user"""
+    capture_video: bool = False
+    """record clips of 300 frames, from training and evaluation, into the run's folder"""
+    log_interval: int = 1_000
+    """steps between two logged values of the losses and of the policy (episodes are logged as they end)"""
+    eval_episodes: int = 10
+    """episodes of the deterministic policy (the mean) played after training"""
+    env_id: str = "HalfCheetah-v5"
+    """any Gymnasium id with bounded continuous actions and flat observations (Hopper-v5, Pendulum-v1, ...)"""
+    total_timesteps: int = 1_000_000
+    """environment steps of the run"""
+    buffer_size: int = 1_000_000
+    """capacity of the replay buffer, in transitions"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """weight of the new parameters in a target network's update (1: copy)"""
+    batch_size: int = 256
+    """transitions in a batch"""
+    learning_starts: int = 5_000
+    """warm-up steps with uniformly random actions, before any update"""
+    policy_lr: float = 3e-4
+    """learning rate of the actor"""
+    q_lr: float = 1e-3
+    """learning rate of the critics and of the temperature"""
+    policy_frequency: int = 2
+    """environment steps per update of actor and temperature, which then take as many steps on that batch"""
+    target_network_frequency: int = 1
+    """environment steps per update of the target networks"""
+    exploit_radius: float = 0.25
+    """half-width r of the exploitation region around the mode, in the environment's action units"""
+    alpha: float = 0.2
+    """temperature with --no-autotune (otherwise alpha starts at 1 and is learned)"""
+    autotune: bool = True
+    """learn the temperature, so that the policy's entropy meets its target"""
+    bias: bool = True
+    """add beta to the reward in the critic's target"""
+    beta: float = 0.01
+    """the uniform reward bias"""
+    anneal: bool = True
+    """anneal the target from p_start to p_end (--no-anneal: SAC's target entropy of -d)"""
+    p_start: float = 0.5
+    """target probability of an action within exploit_radius of the mode at step 0, in (0, 1)"""
+    p_end: float = 0.8
+    """the same at the end of the annealing, in (0, 1)"""
+    anneal_timesteps: int | None = None
+    """steps over which p moves from p_start to p_end (default: total_timesteps)"""
+    reference: str | None = None
+    """reference policy q: the actor.pt of an earlier run on the same spaces (default: uniform)"""
+
+
+class UsageError(ValueError):
+    """A flag that cannot work; the message names the flag, its value and what would be valid."""
+
+
+def make_env(env_id: str, render: bool = False) -> gym.Env:
+    """One plain environment. Raises UsageError if it cannot be made."""
+    gym.logger.min_level = gym.logger.ERROR
+    try:
+        env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
+        if render:
+            env.reset(seed=0)
+            env.render()  # fails now rather than in the run
+        return env
+    except Exception as error:  # of Gymnasium, of an imported module, or of the environment itself
+        flags, reason = f"--env-id {env_id}" + " --capture-video" * render, " ".join(str(error).split())
+        known = [] if env_id in gym.registry else gym.registry
+        nearest = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0))
+        raise UsageError(f"{flags}: {reason} {'Nearest ids: ' * bool(nearest)}{nearest}".rstrip()) from error
+
+
+def check_args(args: Args, env: gym.Env) -> None:
+    """Raises UsageError on the first flag that cannot work, before anything is written."""
+    obs_space, action_space = env.observation_space, env.action_space
+    box = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1 and action_space.shape[0] > 0
+    if not box or not action_space.is_bounded() or not (action_space.low < action_space.high).all():
+        valid = "a bounded Box of one dimension (klac_discrete.py is the script for discrete ones)"
+        raise UsageError(f"--env-id {args.env_id}: actions must be {valid}, not {action_space}")
+    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1 or obs_space.shape[0] == 0:
+        raise UsageError(f"--env-id {args.env_id}: observations must be flat (one dimension), not {obs_space}")
+    d, total = action_space.shape[0], args.total_timesteps
+    positive = "total_timesteps buffer_size batch_size policy_frequency target_network_frequency "
+    positive += "policy_lr q_lr log_interval eval_episodes exploit_radius"
+    rules = [(x, 0 < getattr(args, x) < 2**62, "positive") for x in positive.split()]
+    rules += [
+        ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
+        ("gamma", 0 <= args.gamma < 1, "in [0, 1)"),
+        ("tau", 0 < args.tau <= 1, "in (0, 1]"),
+        ("alpha", 0 <= args.alpha < math.inf, "at least 0 and finite"),
+        ("batch_size", args.batch_size <= args.buffer_size, f"at most --buffer-size {args.buffer_size}"),
+        ("learning_starts", 0 <= args.learning_starts < total, f"at least 0 and below --total-timesteps {total}"),
+        ("beta", math.isfinite(args.beta), "finite"),
+        ("anneal_timesteps", args.anneal_timesteps is None or args.anneal_timesteps > 0, "positive"),
+        *((x, not args.anneal or 0 < getattr(args, x) < 1, "in (0, 1)") for x in ("p_start", "p_end")),
+        ("exp_name", args.exp_name == Path(args.exp_name).resolve().name, "a plain folder name"),
+        ("run_name", args.run_name in (None, Path(str(args.run_name)).resolve().name), "a plain folder name"),
+    ]
+    for name, valid, expected in rules:
+        if not valid:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {expected}")
+    p, r, log_volume = min(args.p_start, args.p_end), args.exploit_radius, box_log_volume(action_space)
+    if args.anneal and (excess := exploit_entropy(p, r, d) - log_volume) >= 0:  # more random than the uniform policy
+        sigma = math.exp(log_volume / d - (1 + math.log(2 * math.pi)) / 2)  # of the Gaussian whose entropy is log vol
+        valid = f"r below {r * math.exp(-excess / d):.3g} or p above {math.erf(r / (math.sqrt(2) * sigma)) ** d:.3g}"
+        flag = "--p-start" if p == args.p_start else "--p-end"
+        raise UsageError(f"--exploit-radius {r} {flag} {p}: no policy in the action box is so random; {valid} would be")
+
+
+preprocess = torch.Tensor.float  # observations as the networks take them
+
+
+def make_network(inputs: int, outputs: int) -> nn.Sequential:
+    """Maps (B, inputs) to (B, outputs): the actor's Gaussian, or a critic's value."""
+    hidden = [nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
+    return nn.Sequential(*hidden, nn.Linear(256, outputs))
+
+
+def q_values(critics: nn.ModuleList, obs: torch.Tensor, action: torch.Tensor) -> list[torch.Tensor]:
+    """Each critic's Q(s, a), (B,), of observations (B, obs_dim) and actions (B, d)."""
+    x = torch.cat([obs, action], 1)
+    return [q(x).squeeze(1) for q in critics]
+
+
+class Actor(nn.Module):
+    """A Gaussian squashed by tanh into the action box."""
+
+    def __init__(self, obs_dim: int, box: gym.spaces.Box):
+        super().__init__()
+        self.network = make_network(obs_dim, 2 * box.shape[0])
+        self.register_buffer("scale", torch.as_tensor((box.high - box.low) / 2, dtype=torch.float32))
+        self.register_buffer("centre", torch.as_tensor((box.high + box.low) / 2, dtype=torch.float32))
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log standard deviation of the Gaussian before tanh, (B, d) each."""
+        mean, x = self.network(obs).chunk(2, dim=1)
+        return mean, -5 + 3.5 * (torch.tanh(x) + 1)
+
+    def squash(self, u: torch.Tensor) -> torch.Tensor:
+        """The action of u, a point before tanh."""
+        return torch.tanh(u) * self.scale + self.centre
+
+    def log_prob(self, mean: torch.Tensor, log_std: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """log pi(squash(u)|s) in action units, (B,), finite however near the bounds."""
+        log_normal = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u)) + self.scale.log()  # log of d squash / d u
+        return (log_normal - log_slope).sum(1)
+
+    def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Reparametrised actions (B, d), their log pi (B,), and the points u before tanh (B, d)."""
+        mean, log_std = self(obs)
+        u = mean + log_std.exp() * torch.randn_like(mean)
+        return self.squash(u), self.log_prob(mean, log_std, u), u
+
+
+Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, observations in the environment's own dtype (float64 as float32)."""
+
+    def __init__(self, capacity: int, obs_space: gym.Space, action_space: gym.Space, device: torch.device):
+        obs, actions, next_obs = (
+            np.zeros((capacity, *space.shape), np.float32 if space.dtype == np.float64 else space.dtype)
+            for space in (obs_space, action_space, obs_space)
+        )
+        self.columns = Batch(obs, actions, np.zeros(capacity, np.float32), next_obs, np.zeros(capacity, np.float32))
+        self.capacity, self.device, self.added = capacity, device, 0
+
+    def add(self, *transition) -> None:
+        """Stores (obs, action, reward, next_obs, terminated): terminated is False at a time limit."""
+        for column, value in zip(self.columns, transition, strict=True):
+            column[self.added % self.capacity] = value
+        self.added += 1
+
+    def sample(self, batch_size: int, rng: np.random.Generator) -> Batch:
+        """Draws transitions uniformly: obs and next_obs preprocessed, (B, *obs); the other columns (B, ...)."""
+        i = rng.integers(min(self.added, self.capacity), size=batch_size)
+        batch = Batch(*(torch.as_tensor(column[i], device=self.device) for column in self.columns))
+        return batch._replace(obs=preprocess(batch.obs), next_obs=preprocess(batch.next_obs))
+
+
+def box_log_volume(box: gym.spaces.Box) -> float:
+    """log vol of the action box: the entropy of the uniform policy, in nats."""
+    return float(np.log(np.subtract(box.high, box.low, dtype=np.float64)).sum())
+
+
+def exploit_entropy(p: float, r: float, d: int) -> float:
+    """H*(p, r, d) in nats: the entropy of the Gaussian that is within r of its mean, in each of d dimensions, with
+    probability p. Its sigma is r / (sqrt(2) erfinv(p^(1/d))), here by the normal quantile (lines 19 and 20)."""
+    sigma = r / NormalDist().inv_cdf((1 + p ** (1 / d)) / 2)
+    return d / 2 * (1 + math.log(2 * math.pi)) + d * math.log(sigma)
+
+
+def make_log_q(args: Args, env: gym.Env, device: torch.device):
+    """The reference policy: a function from observations (B, obs_dim) and points u before tanh (B, d) to log q(a|s) of
+    the action a = squash(u), in action units, (B,) or broadcast to it.
+
+    Replace this function to use another reference. Raises UsageError if args.reference is no actor for this task.
+    """
+    if args.reference is None:
+        log_volume = box_log_volume(env.action_space)
+        return lambda obs, u: -log_volume
+    path = Path(args.reference, "actor.pt") if Path(args.reference).is_dir() else args.reference
+    q = Actor(env.observation_space.shape[0], env.action_space).to(device).requires_grad_(False)
+    try:
+        q.load_state_dict(torch.load(path, map_location=device, weights_only=True)["actor"])
+    except Exception as error:  # missing, not a checkpoint, another shape: torch raises a different error for each
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"--reference {path}: must be the actor of an earlier run on this task: {reason}") from error
+    return lambda obs, u: q.log_prob(*q(obs), u)
+
+
+def td_target(batch: Batch, actor: Actor, target_critics, gamma: float, beta: float) -> torch.Tensor:
+    """y = r + beta + gamma (1 - terminated) min_i Q_i'(s', a'), (B,), with a' ~ pi: no entropy (Eq. 12, line 10)."""
+    next_action, _, _ = actor.sample(batch.next_obs)
+    next_v = torch.minimum(*q_values(target_critics, batch.next_obs, next_action))  # (B,)
+    return batch.rewards + beta + gamma * (1 - batch.terminations) * next_v
+
+
+def actor_loss(log_pi: torch.Tensor, log_vq: torch.Tensor | float, min_q: torch.Tensor, alpha: torch.Tensor):
+    """alpha KL(pi || q exp(Q / alpha) / Z) up to a constant: E_{a ~ pi}[alpha (log pi - log vq) - min_i Q_i]."""
+    return (alpha * (log_pi - log_vq) - min_q).mean()
+
+
+def temperature_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: float) -> torch.Tensor:
+    """alpha (H - H*): alpha falls while the policy is more random than its target."""
+    return log_alpha.exp() * (entropy - target_entropy).detach()
+
+
+def start_logging(args: Args, algorithm: str) -> tuple[Path, SummaryWriter]:
+    """Makes the run's folder, writes args.json, and opens TensorBoard and, with --track, W&B."""
+    task = args.env_id.split("/")[-1].split(":")[-1]
+    run_dir = Path("runs", args.run_name or f"{task}__{args.exp_name}__{args.seed}__{time.time_ns() // 1000}")
+    config = json.dumps({"algorithm": algorithm, **asdict(args)}, indent=2)
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"--run-name {run_dir.name}: must be a new, writable folder: {error}") from error
+    if args.track:
+        try:
+            import wandb
+
+            if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+                raise UsageError("no login; run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
+            labels = {"name": run_dir.name, "group": task, "job_type": algorithm, "tags": [task, algorithm]}
+            project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": json.loads(config)}
+            wandb.init(**project, **labels, sync_tensorboard=True, save_code=True, reinit="finish_previous")
+        except Exception as error:
+            run_dir.rmdir()
+            raise UsageError(f"--track: W&B: {' '.join(str(error).split())}") from error
+    (run_dir / "args.json").write_text(config + "\n")
+    writer = SummaryWriter(run_dir)
+    writer.add_text("hyperparameters", f"```\n{config}\n```")
+    return run_dir, writer
+
+
+@torch.inference_mode()
+def evaluate(actor: nn.Module, args: Args, device: torch.device, run_dir: Path) -> np.ndarray:
+    """Returns of `args.eval_episodes` episodes of the mean action, each cut at 10,000 steps."""
+    env = make_env(args.env_id, args.capture_video)
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "eval"), video_length=300, gc_trigger=None)
+    rng = np.random.default_rng([args.seed, 1])  # not the run's own generator: an evaluation changes nothing in a run
+    returns = np.zeros(args.eval_episodes)
+    for episode in range(args.eval_episodes):
+        obs, _ = env.reset(seed=int(rng.integers(2**31)))
+        for _ in range(10_000):
+            mean, _ = actor(preprocess(torch.as_tensor(obs[None], device=device)))
+            obs, reward, terminated, truncated, _ = env.step(actor.squash(mean)[0].cpu().numpy())
+            returns[episode] += reward
+            if terminated or truncated:
+                break
+    env.close()
+    return returns
+
+
+def train(args: Args) -> Path:
+    """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work."""
+    env = make_env(args.env_id, args.capture_video)
+    check_args(args, env)
+    rng = np.random.default_rng(args.seed)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    obs_dim, d, box = env.observation_space.shape[0], env.action_space.shape[0], env.action_space
+    algorithm = "KLAC" + "-" * (not args.anneal or not args.bias) + "a" * (not args.anneal) + "b" * (not args.bias)
+
+    actor = Actor(obs_dim, box).to(device)
+    critics = nn.ModuleList([make_network(obs_dim + d, 1), make_network(obs_dim + d, 1)]).to(device)
+    target_critics = copy.deepcopy(critics)
+    log_q, log_volume = make_log_q(args, env, device), box_log_volume(box)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, fused=True)
+    q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.q_lr, fused=True)
+    log_alpha = torch.zeros((), requires_grad=True, device=device)
+    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
+    target_entropy = -float(d)  # SAC's heuristic, in nats
+    anneal_timesteps = args.anneal_timesteps or args.total_timesteps
+    alpha = log_alpha.detach().exp() if args.autotune else torch.tensor(args.alpha, device=device)
+    try:
+        buffer = ReplayBuffer(args.buffer_size, env.observation_space, env.action_space, device)
+    except (MemoryError, ValueError) as error:
+        raise UsageError(f"--buffer-size {args.buffer_size}: must fit into memory: {error}") from error
+
+    run_dir, writer = start_logging(args, algorithm)
+    print(f"{run_dir}: {algorithm} on {args.env_id} ({device})", flush=True)
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "train"), video_length=300, gc_trigger=None)
+    obs, _ = env.reset(seed=int(rng.integers(2**31)))
+    episode_rewards, start_value, recent_returns, start_time = [], None, deque(maxlen=20), time.time()
+    steps = tqdm(range(args.total_timesteps), unit="step", dynamic_ncols=True, disable=None)
+    for global_step in steps:
+        # Act: at random during the warm-up, then from the policy
+        if global_step < args.learning_starts:
+            action, start_time = (
+                rng.uniform(box.low, box.high).astype(np.float32),
+                time.time(),
+            )  # the speed is that of the steps after the warm-up
+        else:
+            with torch.inference_mode():
+                x = preprocess(torch.as_tensor(obs[None], device=device))
+                action, _, _ = actor.sample(x)  # (1, d)
+                if not episode_rewards:
+                    start_value = torch.minimum(*q_values(critics, x, action)).item()
+                action = action[0].cpu().numpy()
+
+        # Step and store: next_obs is the episode's own last observation, whatever ended it
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        buffer.add(obs, action, reward, next_obs, terminated)
+        obs = next_obs
+        episode_rewards.append(float(reward))
+
+        if terminated or truncated:
+            writer.add_scalar("charts/episodic_return", sum(episode_rewards), global_step)
+            writer.add_scalar("charts/episodic_length", len(episode_rewards), global_step)
+            if start_value is not None:
+                discounted_return = sum(args.gamma**t * r for t, r in enumerate(episode_rewards))
+                writer.add_scalar("charts/q_minus_return", start_value - discounted_return, global_step)
+            recent_returns.append(sum(episode_rewards))
+            obs, _ = env.reset(seed=int(rng.integers(2**31)))
+            episode_rewards, start_value = [], None
+
+        if global_step > args.learning_starts:
+            batch = buffer.sample(args.batch_size, rng)
+
+            # Critics: regress both on the target
+            with torch.no_grad():
+                y = td_target(batch, actor, target_critics, args.gamma, args.beta if args.bias else 0.0)
+            q1, q2 = q_values(critics, batch.obs, batch.actions)  # (B,) each
+            qf1_loss, qf2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
+            q_optimizer.zero_grad()
+            (qf1_loss + qf2_loss).backward()
+            q_optimizer.step()
+
+            if args.anneal:
+                p = args.p_start + (args.p_end - args.p_start) * min(1.0, global_step / anneal_timesteps)  # line 15
+                target_entropy = exploit_entropy(p, args.exploit_radius, d)
+            for _ in range(args.policy_frequency if global_step % args.policy_frequency == 0 else 0):
+                # Actor: towards the Boltzmann policy of the critics, whose weights get no gradient
+                action, log_pi, u = actor.sample(batch.obs)
+                min_q = torch.minimum(*q_values(critics, batch.obs, action))  # (B,)
+                log_vq = log_q(batch.obs, u) + log_volume  # relative to the uniform policy, for which it is 0
+                pi_loss = actor_loss(log_pi, log_vq, min_q, alpha)
+                actor_optimizer.zero_grad()
+                pi_loss.backward(inputs=list(actor.parameters()))
+                actor_optimizer.step()
+
+                # Temperature: hold KL(pi || q) at its target, log vol - H*
+                relative_entropy = -(log_pi - log_vq).detach().mean()  # log vol - KL(pi || q): H if q is uniform
+                if args.autotune:
+                    alpha_loss = temperature_loss(log_alpha, relative_entropy, target_entropy)
+                    alpha_optimizer.zero_grad()
+                    alpha_loss.backward()
+                    alpha_optimizer.step()
+                    alpha = log_alpha.detach().exp()
+
+            if global_step % args.policy_frequency == 0 and global_step % args.log_interval < args.policy_frequency:
+                with torch.no_grad():  # of the Gaussian before tanh: an approximation near the bounds
+                    sigma = actor.scale * actor(batch.obs)[1].exp()  # (B, d)
+                    inside = torch.erf(args.exploit_radius / (math.sqrt(2) * sigma)).prod(1).mean()
+                sps = (global_step - args.learning_starts) / (time.time() - start_time)
+                scalars = {
+                    "charts/SPS": sps,
+                    "losses/qf1_values": q1.mean(),
+                    "losses/qf2_values": q2.mean(),
+                    "losses/qf1_loss": qf1_loss,
+                    "losses/qf2_loss": qf2_loss,
+                    "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
+                    "losses/actor_loss": pi_loss,
+                    "losses/alpha": alpha,
+                    "policy/entropy": -log_pi.mean(),
+                    "policy/kl": log_volume - relative_entropy,
+                    "policy/exploit_probability": inside,
+                }
+                if args.autotune:
+                    scalars |= {"losses/alpha_loss": alpha_loss, "policy/target_entropy": target_entropy}
+                if args.autotune and args.anneal:
+                    scalars["policy/target_exploit_probability"] = p
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, global_step)
+                status = f"return {np.mean(recent_returns):.2f}" if recent_returns else "no episode yet"
+                steps.set_postfix_str(status)
+                if steps.disable and global_step % (10 * args.log_interval) < args.policy_frequency:
+                    left = (args.total_timesteps - global_step) / sps
+                    print(f"step {global_step}: {status}, {sps:.0f} steps/s, {left:.0f} s left", flush=True)
+
+        if global_step > args.learning_starts and global_step % args.target_network_frequency == 0:
+            with torch.no_grad():
+                for parameter, target in zip(critics.parameters(), target_critics.parameters(), strict=True):
+                    target.lerp_(parameter, args.tau)
+
+    env.close()
+    torch.save({"args": asdict(args), "actor": actor.state_dict()}, run_dir / "actor.pt")
+    returns = evaluate(actor, args, device, run_dir)
+    writer.add_scalar("eval/episodic_return", returns.mean(), args.total_timesteps)
+    print(f"{run_dir}: deterministic return {returns.mean():.2f} +- {returns.std():.2f} over {len(returns)} episodes")
+    writer.close()
+    return run_dir
+
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(Args))
+    except UsageError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,401 @@
+"""SAC (Soft Actor-Critic) for discrete actions, in one file (Haarnoja et al., 2018; Christodoulou, 2019).
+
+The critic's target pays for the policy's entropy beside the reward, which is what klac_discrete.py takes away:
+
+    critic        y = r + gamma (1 - terminated) E_{a' ~ pi}[min_i Q_i'(s', a') - alpha log pi]
+    actor         E_{a ~ pi}[alpha log pi - min_i Q_i]
+    temperature   alpha (H - H*), which holds the entropy H at H* = 0.89 log n
+
+The README explains the flags and the metrics; docs/algorithms.md says where this differs from CleanRL's.
+"""
+
+import copy
+import difflib
+import json
+import math
+import random
+import sys
+import time
+from collections import deque, namedtuple
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import minatar.gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    """name of this experiment, part of the run's name"""
+    run_name: str | None = None
+    """folder of this run under runs/ (default: {env_id}__{exp_name}__{seed}__{timestamp})"""
+    seed: int = 1
+    """seed of the weights, the actions, the replay samples and every episode"""
+    torch_deterministic: bool = True
+    """make cuDNN deterministic (the CPU always is)"""
+    cuda: bool = True
+    """use a GPU where there is one"""
+    track: bool = False
+    """send the run to Weights & Biases as well (WANDB_MODE=offline needs no login)"""
+    wandb_project_name: str = "klac"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B team or user"""
+    capture_video: bool = False
+    """record clips of 300 frames, from training and evaluation, into the run's folder"""
+    log_interval: int = 1_000
+    """steps between two logged values of the losses and of the policy (episodes are logged as they end)"""
+    eval_episodes: int = 10
+    """episodes of the deterministic policy (argmax) played after training"""
+    env_id: str = "Breakout-v1"
+    """a MinAtar game (Asterix-v1, Breakout-v1, ...) or any Gymnasium id with discrete actions (CartPole-v1, ...)"""
+    total_timesteps: int = 3_000_000
+    """environment steps of the run"""
+    buffer_size: int = 100_000
+    """capacity of the replay buffer, in transitions"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 1.0
+    """weight of the new parameters in a target network's update (1: copy)"""
+    batch_size: int = 64
+    """transitions in a batch"""
+    learning_starts: int = 20_000
+    """warm-up steps with uniformly random actions, before any update"""
+    policy_lr: float = 3e-4
+    """learning rate of the actor"""
+    q_lr: float = 3e-4
+    """learning rate of the critics and of the temperature"""
+    update_frequency: int = 4
+    """environment steps per update of critics, actor and temperature"""
+    target_network_frequency: int = 8_000
+    """environment steps per update of the target networks"""
+    alpha: float = 0.2
+    """temperature with --no-autotune (otherwise alpha starts at 1 and is learned)"""
+    autotune: bool = True
+    """learn the temperature, so that the policy's entropy meets its target"""
+
+
+class UsageError(ValueError):
+    """A flag that cannot work; the message names the flag, its value and what would be valid."""
+
+
+class MinAtarFixes(gym.Wrapper):
+    """Makes a MinAtar game's episodes independent of each other, and its frames fit for a video."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}  # noqa: RUF012
+
+    def reset(self, **kwargs):
+        self.unwrapped.game.last_action = 0  # a sticky first action would repeat the previous episode's last one
+        return super().reset(**kwargs)
+
+    def render(self):
+        return (super().render() * 255).astype(np.uint8).repeat(32, axis=0).repeat(32, axis=1)
+
+
+def make_env(env_id: str, render: bool = False) -> gym.Env:
+    """One plain environment. `Seaquest-v1` stands for `MinAtar/Seaquest-v1`. Raises UsageError if it cannot be made."""
+    if "MinAtar/Breakout-v1" not in gym.registry:
+        minatar.gym.register_envs()
+    full_id = f"MinAtar/{env_id}" if f"MinAtar/{env_id}" in gym.registry else env_id
+    gym.logger.min_level = gym.logger.ERROR
+    try:
+        env = gym.make(full_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
+        env = MinAtarFixes(env) if full_id.startswith("MinAtar/") else env
+        if render:
+            env.reset(seed=0)
+            env.render()  # fails now rather than in the run
+        return env
+    except Exception as error:  # of Gymnasium, of an imported module, or of the environment itself
+        flags, reason = f"--env-id {env_id}" + " --capture-video" * render, " ".join(str(error).split())
+        known = [name.removeprefix("MinAtar/") for name in gym.registry if full_id not in gym.registry]
+        nearest = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0))
+        raise UsageError(f"{flags}: {reason} {'Nearest ids: ' * bool(nearest)}{nearest}".rstrip()) from error
+
+
+def check_args(args: Args, env: gym.Env) -> None:
+    """Raises UsageError on the first flag that cannot work, before anything is written."""
+    obs_space, action_space = env.observation_space, env.action_space
+    if not isinstance(action_space, gym.spaces.Discrete) or action_space.n < 2 or action_space.start != 0:
+        valid = "Discrete(n) from 0 with n >= 2 (sac_continuous.py is the script for continuous ones)"
+        raise UsageError(f"--env-id {args.env_id}: actions must be {valid}, not {action_space}")
+    shape = obs_space.shape if isinstance(obs_space, gym.spaces.Box) else ()
+    is_image = len(shape) == 3 and min(shape[:2]) >= 3 and not shape[0] < shape[1] == shape[2]
+    if not is_image and not (len(shape) == 1 and shape[0] > 0):
+        valid = "images (H x W x channels, at least 3 x 3) or flat (one dimension)"
+        raise UsageError(f"--env-id {args.env_id}: observations must be {valid}, not {obs_space}")
+    total = args.total_timesteps
+    positive = "total_timesteps buffer_size batch_size update_frequency target_network_frequency "
+    positive += "policy_lr q_lr log_interval eval_episodes"
+    rules = [(x, 0 < getattr(args, x) < 2**62, "positive") for x in positive.split()]
+    rules += [
+        ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
+        ("gamma", 0 <= args.gamma < 1, "in [0, 1)"),
+        ("tau", 0 < args.tau <= 1, "in (0, 1]"),
+        ("alpha", 0 <= args.alpha < math.inf, "at least 0 and finite"),
+        ("batch_size", args.batch_size <= args.buffer_size, f"at most --buffer-size {args.buffer_size}"),
+        ("learning_starts", 0 <= args.learning_starts < total, f"at least 0 and below --total-timesteps {total}"),
+        ("exp_name", args.exp_name == Path(args.exp_name).resolve().name, "a plain folder name"),
+        ("run_name", args.run_name in (None, Path(str(args.run_name)).resolve().name), "a plain folder name"),
+    ]
+    for name, valid, expected in rules:
+        if not valid:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {expected}")
+
+
+def preprocess(obs: torch.Tensor) -> torch.Tensor:
+    """Observations (B, *obs) as the networks take them: float32, images as (B, C, H, W), bytes scaled to [0, 1]."""
+    x = obs.permute(0, 3, 1, 2) if obs.ndim == 4 else obs
+    x = x.to(torch.float32, memory_format=torch.contiguous_format)
+    return x / 255 if obs.dtype == torch.uint8 else x
+
+
+def make_network(obs_shape: tuple[int, ...], n: int) -> nn.Sequential:
+    """Maps (B, *obs) to (B, n): the logits of the actor, or a critic's value of each action."""
+    if len(obs_shape) == 3:
+        height, width, channels = obs_shape
+        encoder = [nn.Conv2d(channels, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * (height - 2) * (width - 2), 128)]
+    else:
+        encoder = [nn.Linear(obs_shape[0], 128), nn.ReLU(), nn.Linear(128, 128)]
+    network = nn.Sequential(*encoder, nn.ReLU(), nn.Linear(128, n))
+    for parameter in network.parameters():
+        nn.init.kaiming_normal_(parameter) if parameter.ndim > 1 else nn.init.zeros_(parameter)  # weights, biases
+    return network
+
+
+Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, observations in the environment's own dtype (float64 as float32)."""
+
+    def __init__(self, capacity: int, obs_space: gym.Space, action_space: gym.Space, device: torch.device):
+        obs, actions, next_obs = (
+            np.zeros((capacity, *space.shape), np.float32 if space.dtype == np.float64 else space.dtype)
+            for space in (obs_space, action_space, obs_space)
+        )
+        self.columns = Batch(obs, actions, np.zeros(capacity, np.float32), next_obs, np.zeros(capacity, np.float32))
+        self.capacity, self.device, self.added = capacity, device, 0
+
+    def add(self, *transition) -> None:
+        """Stores (obs, action, reward, next_obs, terminated): terminated is False at a time limit."""
+        for column, value in zip(self.columns, transition, strict=True):
+            column[self.added % self.capacity] = value
+        self.added += 1
+
+    def sample(self, batch_size: int, rng: np.random.Generator) -> Batch:
+        """Draws transitions uniformly: obs and next_obs preprocessed, (B, *obs); the other columns (B, ...)."""
+        i = rng.integers(min(self.added, self.capacity), size=batch_size)
+        batch = Batch(*(torch.as_tensor(column[i], device=self.device) for column in self.columns))
+        return batch._replace(obs=preprocess(batch.obs), next_obs=preprocess(batch.next_obs))
+
+
+def td_target(batch: Batch, actor: nn.Module, target_critics, gamma: float, alpha: torch.Tensor) -> torch.Tensor:
+    """y = r + gamma (1 - terminated) E_{a' ~ pi}[min_i Q_i'(s', a') - alpha log pi(a'|s')], (B,)."""
+    log_pi = F.log_softmax(actor(batch.next_obs), dim=1)  # (B, n)
+    min_q = torch.minimum(*(q(batch.next_obs) for q in target_critics))  # (B, n)
+    next_v = (log_pi.exp() * (min_q - alpha * log_pi)).sum(1)  # (B,)
+    return batch.rewards + gamma * (1 - batch.terminations) * next_v
+
+
+def actor_loss(log_pi: torch.Tensor, min_q: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """E_{a ~ pi}[alpha log pi - min_i Q_i]."""
+    return (log_pi.exp() * (alpha * log_pi - min_q)).sum(1).mean()
+
+
+def temperature_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: float) -> torch.Tensor:
+    """alpha (H - H*): alpha falls while the policy is more random than its target."""
+    return log_alpha.exp() * (entropy - target_entropy).detach()
+
+
+def start_logging(args: Args, algorithm: str) -> tuple[Path, SummaryWriter]:
+    """Makes the run's folder, writes args.json, and opens TensorBoard and, with --track, W&B."""
+    task = args.env_id.split("/")[-1].split(":")[-1]
+    run_dir = Path("runs", args.run_name or f"{task}__{args.exp_name}__{args.seed}__{time.time_ns() // 1000}")
+    config = json.dumps({"algorithm": algorithm, **asdict(args)}, indent=2)
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"--run-name {run_dir.name}: must be a new, writable folder: {error}") from error
+    if args.track:
+        try:
+            import wandb
+
+            if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+                raise UsageError("no login; run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
+            labels = {"name": run_dir.name, "group": task, "job_type": algorithm, "tags": [task, algorithm]}
+            project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": json.loads(config)}
+            wandb.init(**project, **labels, sync_tensorboard=True, save_code=True, reinit="finish_previous")
+        except Exception as error:
+            run_dir.rmdir()
+            raise UsageError(f"--track: W&B: {' '.join(str(error).split())}") from error
+    (run_dir / "args.json").write_text(config + "\n")
+    writer = SummaryWriter(run_dir)
+    writer.add_text("hyperparameters", f"```\n{config}\n```")
+    return run_dir, writer
+
+
+@torch.inference_mode()
+def evaluate(actor: nn.Module, args: Args, device: torch.device, run_dir: Path) -> np.ndarray:
+    """Returns of `args.eval_episodes` episodes of the most probable action, each cut at 10,000 steps."""
+    env = make_env(args.env_id, args.capture_video)
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "eval"), video_length=300, gc_trigger=None)
+    rng = np.random.default_rng([args.seed, 1])  # not the run's own generator: an evaluation changes nothing in a run
+    returns = np.zeros(args.eval_episodes)
+    for episode in range(args.eval_episodes):
+        obs, _ = env.reset(seed=int(rng.integers(2**31)))
+        for _ in range(10_000):
+            action = actor(preprocess(torch.as_tensor(obs[None], device=device))).argmax().item()
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[episode] += reward
+            if terminated or truncated:
+                break
+    env.close()
+    return returns
+
+
+def train(args: Args) -> Path:
+    """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work."""
+    env = make_env(args.env_id, args.capture_video)
+    check_args(args, env)
+    rng = np.random.default_rng(args.seed)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    obs_shape, n = env.observation_space.shape, int(env.action_space.n)
+    algorithm = "SAC"
+
+    actor = make_network(obs_shape, n).to(device)
+    critics = nn.ModuleList([make_network(obs_shape, n), make_network(obs_shape, n)]).to(device)
+    target_critics = copy.deepcopy(critics)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, eps=1e-4, fused=True)
+    q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.q_lr, eps=1e-4, fused=True)
+    log_alpha = torch.zeros((), requires_grad=True, device=device)
+    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, eps=1e-4, fused=True)
+    target_entropy = 0.89 * math.log(n)  # SAC's heuristic, in nats
+    alpha = log_alpha.detach().exp() if args.autotune else torch.tensor(args.alpha, device=device)
+    try:
+        buffer = ReplayBuffer(args.buffer_size, env.observation_space, env.action_space, device)
+    except (MemoryError, ValueError) as error:
+        raise UsageError(f"--buffer-size {args.buffer_size}: must fit into memory: {error}") from error
+
+    run_dir, writer = start_logging(args, algorithm)
+    print(f"{run_dir}: {algorithm} on {args.env_id} ({device})", flush=True)
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "train"), video_length=300, gc_trigger=None)
+    obs, _ = env.reset(seed=int(rng.integers(2**31)))
+    episode_rewards, start_value, recent_returns, start_time = [], None, deque(maxlen=20), time.time()
+    steps = tqdm(range(args.total_timesteps), unit="step", dynamic_ncols=True, disable=None)
+    for global_step in steps:
+        # Act: at random during the warm-up, then from the policy
+        if global_step < args.learning_starts:
+            action, start_time = int(rng.integers(n)), time.time()  # the speed is that of the steps after the warm-up
+        else:
+            with torch.inference_mode():
+                x = preprocess(torch.as_tensor(obs[None], device=device))
+                pi = F.softmax(actor(x), dim=1)  # (1, n)
+                action = torch.multinomial(pi, 1).item()
+                if not episode_rewards:
+                    start_value = (pi * torch.minimum(*(q(x) for q in critics))).sum().item()
+
+        # Step and store: next_obs is the episode's own last observation, whatever ended it
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        buffer.add(obs, action, reward, next_obs, terminated)
+        obs = next_obs
+        episode_rewards.append(float(reward))
+
+        if terminated or truncated:
+            writer.add_scalar("charts/episodic_return", sum(episode_rewards), global_step)
+            writer.add_scalar("charts/episodic_length", len(episode_rewards), global_step)
+            if start_value is not None:
+                discounted_return = sum(args.gamma**t * r for t, r in enumerate(episode_rewards))
+                writer.add_scalar("charts/q_minus_return", start_value - discounted_return, global_step)
+            recent_returns.append(sum(episode_rewards))
+            obs, _ = env.reset(seed=int(rng.integers(2**31)))
+            episode_rewards, start_value = [], None
+
+        if global_step > args.learning_starts and global_step % args.update_frequency == 0:
+            batch = buffer.sample(args.batch_size, rng)
+
+            # Critics: regress both on the target
+            with torch.no_grad():
+                y = td_target(batch, actor, target_critics, args.gamma, alpha)
+            q1, q2 = (q(batch.obs).gather(1, batch.actions[:, None]).squeeze(1) for q in critics)  # (B,) each
+            qf1_loss, qf2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
+            q_optimizer.zero_grad()
+            (qf1_loss + qf2_loss).backward()
+            q_optimizer.step()
+
+            # Actor: towards the Boltzmann policy of the critics
+            with torch.no_grad():
+                min_q = torch.minimum(*(q(batch.obs) for q in critics))  # (B, n)
+            log_pi = F.log_softmax(actor(batch.obs), dim=1)  # (B, n)
+            pi_loss = actor_loss(log_pi, min_q, alpha)
+            actor_optimizer.zero_grad()
+            pi_loss.backward()
+            actor_optimizer.step()
+
+            # Temperature: hold the entropy at its target
+            pi, log_pi = log_pi.detach().exp(), log_pi.detach()
+            entropy = -(pi * log_pi).sum(1).mean()
+            if args.autotune:
+                alpha_loss = temperature_loss(log_alpha, entropy, target_entropy)
+                alpha_optimizer.zero_grad()
+                alpha_loss.backward()
+                alpha_optimizer.step()
+                alpha = log_alpha.detach().exp()
+
+            if global_step % args.log_interval < args.update_frequency:
+                sps = (global_step - args.learning_starts) / (time.time() - start_time)
+                scalars = {
+                    "charts/SPS": sps,
+                    "losses/qf1_values": q1.mean(),
+                    "losses/qf2_values": q2.mean(),
+                    "losses/qf1_loss": qf1_loss,
+                    "losses/qf2_loss": qf2_loss,
+                    "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
+                    "losses/actor_loss": pi_loss,
+                    "losses/alpha": alpha,
+                    "policy/entropy": entropy,
+                    "policy/kl": math.log(n) - entropy,
+                    "policy/exploit_probability": pi.amax(1).mean(),
+                }
+                if args.autotune:
+                    scalars |= {"losses/alpha_loss": alpha_loss, "policy/target_entropy": target_entropy}
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, global_step)
+                status = f"return {np.mean(recent_returns):.2f}" if recent_returns else "no episode yet"
+                steps.set_postfix_str(status)
+                if steps.disable and global_step % (10 * args.log_interval) < args.update_frequency:
+                    left = (args.total_timesteps - global_step) / sps
+                    print(f"step {global_step}: {status}, {sps:.0f} steps/s, {left:.0f} s left", flush=True)
+
+        if global_step > args.learning_starts and global_step % args.target_network_frequency == 0:
+            with torch.no_grad():
+                for parameter, target in zip(critics.parameters(), target_critics.parameters(), strict=True):
+                    target.lerp_(parameter, args.tau)
+
+    env.close()
+    torch.save({"args": asdict(args), "actor": actor.state_dict()}, run_dir / "actor.pt")
+    returns = evaluate(actor, args, device, run_dir)
+    writer.add_scalar("eval/episodic_return", returns.mean(), args.total_timesteps)
+    print(f"{run_dir}: deterministic return {returns.mean():.2f} +- {returns.std():.2f} over {len(returns)} episodes")
+    writer.close()
+    return run_dir
+
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(Args))
+    except UsageError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,280 @@
+"""The mathematics of the two continuous scripts, against numerical integration, SciPy and loops written out by hand."""
+
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.special
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import klac_continuous as klac
+import sac_continuous as sac
+
+BOTH = [sac, klac]
+TASKS = ["Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "Ant-v5", "Humanoid-v5", "Swimmer-v5", "InvertedPendulum-v5",
+         "Reacher-v5", "Pendulum-v1"]  # fmt: skip
+SHORT = {"learning_starts": 100, "log_interval": 1, "eval_episodes": 1, "buffer_size": 10_000}
+
+
+def box(scale, d=1, centre=0.0):
+    return gym.spaces.Box(np.float32(centre - scale), np.float32(centre + scale), (d,))
+
+
+@given(p=st.floats(0.01, 0.99), r=st.floats(0.01, 2), d=st.integers(1, 20))
+def test_exploit_entropy_is_that_of_the_gaussian_with_p_in_the_region(p, r, d):
+    sigma = r / (math.sqrt(2) * scipy.special.erfinv(p ** (1 / d)))
+    gaussian = scipy.stats.multivariate_normal(cov=sigma**2 * np.eye(d))
+    assert klac.exploit_entropy(p, r, d) == pytest.approx(gaussian.entropy(), rel=1e-6, abs=1e-6)
+    assert (2 * scipy.stats.norm.cdf(r / sigma) - 1) ** d == pytest.approx(p, rel=1e-6)
+
+
+def test_probability_of_the_region_by_integration():
+    """sigma from the entropy; the Gaussian's density in the plane integrated over the square of half-width r."""
+    p, r = 0.6, 0.25
+    sigma = math.exp((klac.exploit_entropy(p, r, 2) - (1 + math.log(2 * math.pi))) / 2)
+
+    def density(y, x):
+        return math.exp(-(x * x + y * y) / (2 * sigma**2)) / (2 * math.pi * sigma**2)
+
+    assert scipy.integrate.dblquad(density, -r, r, -r, r)[0] == pytest.approx(p, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.0, 3.0])
+@pytest.mark.parametrize(("mean", "log_std"), [(0.0, 0.0), (0.7, -1.5), (-1.0, 0.5), (0.3, 0.8)])
+def test_squashed_density_integrates_to_one_and_its_entropy_is_right(scale, mean, log_std):
+    actor = klac.Actor(1, box(scale, centre=0.5)).double()
+    m, s = torch.tensor([[mean]], dtype=torch.float64), torch.tensor([[log_std]], dtype=torch.float64)
+
+    def log_density(action):
+        u = np.arctanh(np.clip((action - 0.5) / scale, -1 + 1e-15, 1 - 1e-15))
+        return actor.log_prob(m, s, torch.tensor([[u]])).item()
+
+    def integrate(f):
+        return scipy.integrate.quad(f, 0.5 - scale, 0.5 + scale, limit=500, points=[0.5 + scale * math.tanh(mean)])[0]
+
+    assert integrate(lambda a: math.exp(log_density(a))) == pytest.approx(1, abs=2e-3)
+    entropy = integrate(lambda a: -log_density(a) * math.exp(log_density(a)))
+    torch.manual_seed(0)
+    u = m + s.exp() * torch.randn(200_000, 1, dtype=torch.float64)
+    assert -actor.log_prob(m, s, u).mean().item() == pytest.approx(entropy, abs=0.03)
+    assert entropy < math.log(2 * scale)  # no policy on the box is as random as the uniform one
+
+
+def test_log_prob_is_scipy_s_with_the_change_of_variables():
+    actor, generator = klac.Actor(3, box(3.0, d=2)), torch.Generator().manual_seed(0)
+    mean, log_std, u = (torch.randn(7, 2, generator=generator) for _ in range(3))
+    expected = scipy.stats.norm.logpdf(u, mean, log_std.exp()) - np.log(3 * (1 - np.tanh(u.double().numpy()) ** 2))
+    np.testing.assert_allclose(actor.log_prob(mean, log_std, u).numpy(), expected.sum(1), rtol=1e-4, atol=1e-5)
+
+
+def test_losses_and_gradients_stay_finite_at_the_bounds():
+    actor = klac.Actor(3, box(0.4, d=2))
+    obs = torch.randn(5, 3)
+    for shift in (5.0, 20.0, 200.0, -200.0):
+        with torch.no_grad():
+            actor.network[-1].bias[:2] = shift  # means far outside: |action| is at its bound to the last bit
+        action, log_pi, _ = actor.sample(obs)
+        assert (action.abs() <= np.float32(0.4)).all()
+        loss = klac.actor_loss(log_pi, 0.0, action.sum(1), torch.tensor(1.0))
+        actor.zero_grad()
+        loss.backward()
+        assert torch.isfinite(log_pi).all()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in actor.parameters())
+
+
+def test_actor_keeps_to_an_asymmetric_box_and_to_the_bounds_of_log_std():
+    space = gym.spaces.Box(np.float32([-1, 2]), np.float32([3, 2.5]))
+    actor = klac.Actor(4, space)
+    obs = 100 * torch.randn(500, 4)
+    action, _, u = actor.sample(obs)
+    assert all(space.contains(a) for a in action.detach().numpy())
+    torch.testing.assert_close(action, torch.tanh(u) * torch.tensor([2.0, 0.25]) + torch.tensor([1.0, 2.25]))
+    _, log_std = actor(obs)
+    assert log_std.min() >= -5
+    assert log_std.max() <= 2
+    assert (log_std.min() < -4.5) or (log_std.max() > 1.5)
+
+
+def by_hand(module, batch, actor, critics, gamma, extra):
+    """Targets in plain floats, from the same draw of noise; `extra` is beta for KLAC and alpha for SAC."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        mean, log_std = actor(batch.next_obs)
+        noise = torch.randn_like(mean)
+    targets = []
+    for i in range(len(batch.rewards)):
+        action, log_pi = [], 0.0
+        for k in range(mean.shape[1]):
+            std = math.exp(log_std[i, k])
+            u = mean[i, k].item() + std * noise[i, k].item()
+            scale, centre = actor.scale[k].item(), actor.centre[k].item()
+            action.append(scale * math.tanh(u) + centre)
+            log_pi += scipy.stats.norm.logpdf(u, mean[i, k].item(), std) - math.log(scale * (1 - math.tanh(u) ** 2))
+        x = torch.cat([batch.next_obs[i], torch.tensor(action)])[None]
+        q = min(critic(x).item() for critic in critics)
+        value = q - extra * log_pi if module is sac else q
+        y = batch.rewards[i].item() + (extra if module is klac else 0)
+        targets.append(y + (0 if batch.terminations[i] else gamma * value))
+    return targets
+
+
+@pytest.mark.parametrize("module", BOTH)
+def test_td_target_matches_a_loop(module):
+    torch.manual_seed(0)
+    actor = module.Actor(3, box(2.0, d=2, centre=1.0))
+    critics = torch.nn.ModuleList([module.make_network(5, 1), module.make_network(5, 1)])
+    ends = (torch.arange(12) % 3 == 0).float()
+    batch = module.Batch(torch.randn(12, 3), torch.randn(12, 2), torch.randn(12), torch.randn(12, 3), ends)
+    expected = by_hand(module, batch, actor, critics, 0.9, 0.3)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        y = module.td_target(batch, actor, critics, 0.9, 0.3 if module is klac else torch.tensor(0.3))
+    assert y.shape == (12,)
+    assert y.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_actor_losses_are_means_of_the_plain_formula():
+    log_pi, log_vq, min_q = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.5]), torch.tensor([3.0, 1.0])
+    assert klac.actor_loss(log_pi, log_vq, min_q, torch.tensor(0.2)).item() == pytest.approx(
+        ((0.2 * 0.5 - 3) + (0.2 * 2.5 - 1)) / 2
+    )
+    assert sac.actor_loss(log_pi, min_q, torch.tensor(0.2)).item() == pytest.approx(((0.2 - 3) + (0.4 - 1)) / 2)
+
+
+@pytest.mark.parametrize("module", BOTH)
+def test_no_gradient_of_the_actor_step_enters_the_critics(monkeypatch, module):
+    """With a critic learning rate of nothing the critics must come out of a run as they went in."""
+    networks, real = [], module.make_network
+    monkeypatch.setattr(module, "make_network", lambda *a: networks.append(real(*a)) or networks[-1])
+    before = []
+    monkeypatch.setattr(module, "start_logging", lambda *a, f=module.start_logging: before.extend(
+        [p.detach().clone() for network in networks for p in network.parameters()]) or f(*a))  # fmt: skip
+    module.train(module.Args(env_id="Drift-v0", total_timesteps=160, q_lr=1e-30, **SHORT))
+    after = [p for network in networks for p in network.parameters()]
+    per_network = len(after) // 3
+    assert not any(torch.equal(a, b) for a, b in zip(before[:per_network], after[:per_network], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before[per_network:], after[per_network:], strict=True))
+
+
+@pytest.mark.parametrize("module", BOTH)
+def test_actor_and_temperature_take_two_steps_every_two(monkeypatch, module):
+    calls = {"critic": 0, "actor": 0, "temperature": 0}
+
+    def counted(name, kind):
+        real = getattr(module, name)
+
+        def wrapper(*a):
+            calls[kind] += 1
+            return real(*a)
+
+        monkeypatch.setattr(module, name, wrapper)
+
+    counted("td_target", "critic")
+    counted("actor_loss", "actor")
+    counted("temperature_loss", "temperature")
+    module.train(module.Args(env_id="Drift-v0", total_timesteps=141, **SHORT))
+    assert calls == {"critic": 40, "actor": 40, "temperature": 40}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_default_radius_is_reachable_on_every_task_with_a_target_above_sac_s(task):
+    space = klac.make_env(task).action_space
+    d = space.shape[0]
+    for p in (0.5, 0.8):
+        assert -d < klac.exploit_entropy(p, 0.25, d) < klac.box_log_volume(space)
+    volume = np.prod(np.subtract(space.high, space.low, dtype=np.float64))
+    assert klac.box_log_volume(space) == pytest.approx(math.log(volume))
+
+
+def test_unreachable_targets_are_refused_with_values_that_are_valid():
+    with pytest.raises(klac.UsageError) as refusal:
+        klac.train(klac.Args(env_id="Swimmer-v5", exploit_radius=0.9))
+    message = str(refusal.value)
+    assert message.startswith("--exploit-radius 0.9 --p-start 0.5: ")
+    r, p = (float(message.split(word)[1].split()[0]) for word in ("r below ", "p above "))
+    log_volume = 2 * math.log(2)
+    assert klac.exploit_entropy(0.5, r, 2) == pytest.approx(log_volume, abs=0.01)
+    assert klac.exploit_entropy(p, 0.9, 2) == pytest.approx(log_volume, abs=0.01)
+    env = klac.make_env("Swimmer-v5")
+    klac.check_args(klac.Args(env_id="Swimmer-v5", exploit_radius=r - 0.001), env)
+    klac.check_args(klac.Args(env_id="Swimmer-v5", exploit_radius=0.9, p_start=p + 0.001, p_end=0.95), env)
+    klac.check_args(klac.Args(env_id="Swimmer-v5", exploit_radius=0.9, anneal=False), env)
+    with pytest.raises(klac.UsageError, match=r"--p-end 0\.3"):
+        klac.check_args(klac.Args(env_id="Swimmer-v5", exploit_radius=0.6, p_start=0.95, p_end=0.3), env)
+
+
+def test_annealed_run_logs_its_schedule_and_what_was_realised(scalars):
+    args = klac.Args(env_id="Drift-v0", total_timesteps=400, anneal_timesteps=200, **SHORT)
+    logged = {tag: dict(values) for tag, values in scalars(klac.train(args)).items()}
+    p = logged["policy/target_exploit_probability"]
+    assert p[150] == pytest.approx(0.5 + 0.3 * 150 / 200)
+    assert p[300] == pytest.approx(0.8)
+    assert logged["policy/target_entropy"][300] == pytest.approx(klac.exploit_entropy(0.8, 0.25, 1), rel=1e-5)
+    for step, entropy in logged["policy/entropy"].items():
+        assert logged["policy/kl"][step] == pytest.approx(math.log(4) - entropy, abs=1e-4)
+        assert 0 < logged["policy/exploit_probability"][step] < 1
+        excess = entropy - logged["policy/target_entropy"][step]
+        assert logged["losses/alpha_loss"][step] * excess >= 0
+
+
+@pytest.mark.parametrize("module", BOTH)
+@pytest.mark.parametrize(("ending", "value"), [("Termination", 1.0), ("Truncation", 2.0)])
+def test_a_termination_does_not_bootstrap_and_a_truncation_does(scalars, module, ending, value):
+    """Reward 1 and gamma 1/2: a terminated step is worth 1; one cut by the clock goes on for 1 / (1 - gamma) = 2."""
+    args = module.Args(env_id=f"ContinuousOneStep{ending}-v0", total_timesteps=1_200, gamma=0.5, autotune=False)
+    args.alpha, args.batch_size, args.learning_starts, args.log_interval, args.tau = 0.0, 64, 100, 10, 0.05
+    args.eval_episodes = 1
+    if module is klac:
+        args.bias = False
+    values = scalars(module.train(args))["losses/qf1_values"]
+    assert np.mean([v for _, v in values[-20:]]) == pytest.approx(value, abs=0.1)
+
+
+def test_reference_is_the_density_of_the_earlier_actor(scalars):
+    """KL(pi || q) is near 0 for a policy that is q, and log vol - H for the uniform reference."""
+    first = klac.train(klac.Args(env_id="Drift-v0", total_timesteps=200, **SHORT))
+    args = klac.Args(env_id="Drift-v0", reference=str(first))
+    env = klac.make_env("Drift-v0")
+    actor = klac.Actor(3, env.action_space)
+    actor.load_state_dict(torch.load(first / "actor.pt", weights_only=True)["actor"])
+    log_q = klac.make_log_q(args, env, torch.device("cpu"))
+    obs = torch.randn(50, 3)
+    _, log_pi, u = actor.sample(obs)
+    torch.testing.assert_close(log_q(obs, u), log_pi, rtol=1e-3, atol=1e-4)
+    uniform = klac.make_log_q(klac.Args(env_id="Drift-v0"), env, torch.device("cpu"))
+    assert uniform(obs, u) == pytest.approx(-math.log(4))
+
+    args.total_timesteps, args.autotune, args.alpha, args.policy_lr = 900, False, 100.0, 1e-3
+    args.learning_starts, args.log_interval, args.eval_episodes, args.seed = 100, 2, 1, 5
+    kl = [value for _, value in scalars(klac.train(args))["policy/kl"]]
+    assert kl[0] > 0.05
+    assert np.mean(kl[-20:]) < 0.02
+
+
+@pytest.mark.parametrize("module", BOTH)
+def test_it_learns(scalars, module):
+    """A point that must be brought to the origin: a random policy earns about -85, a straight way some -9."""
+    args = module.Args(env_id="Point-v0", total_timesteps=3_000, learning_starts=300, batch_size=128, log_interval=100)
+    args.policy_lr = 1e-3
+    args.eval_episodes = 20
+    logged = scalars(module.train(args))
+    assert np.mean([v for step, v in logged["charts/episodic_return"] if step < 300]) < -50
+    assert logged["eval/episodic_return"][0][1] > -15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", BOTH)
+def test_pendulum_is_solved(scalars, module):
+    args = module.Args(env_id="Pendulum-v1", total_timesteps=15_000, learning_starts=1_000, eval_episodes=20)
+    assert scalars(module.train(args))["eval/episodic_return"][0][1] > -250
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_runs(task):
+    args = klac.Args(env_id=task, total_timesteps=220, learning_starts=200, buffer_size=1_000, eval_episodes=1)
+    assert (klac.train(args) / "actor.pt").is_file()
