@@ -68,16 +68,17 @@ def read_run(run_dir: Path, bin_steps: int) -> tuple[pd.DataFrame, dict, dict]:
     curves = pd.DataFrame({name: values.groupby(values.index // bin_steps).mean() for name, values in series.items()})
     curves = curves.assign(step=(curves.index + 1) * bin_steps, **labels)[[*labels, "step", *COLUMNS]]
 
-    returns, total = series["return"], args["total_timesteps"]
+    returns, total, evaluation = series["return"], args["total_timesteps"], events.Scalars("eval/episodic_return")[-1]
     summary = labels | {
         "steps": total,
         "random": returns[returns.index < args["learning_starts"]].mean(),
         "last 10%": returns[returns.index >= 0.9 * total].mean(),
         "best 10": returns.nlargest(10).mean(),
-        "argmax": events.Scalars("eval/episodic_return")[-1].value,
+        "argmax": evaluation.value,
         "Q": series["q"].iloc[-10:].mean(),
         "Q - return": series["q_minus_return"][lambda s: s.index >= 0.9 * total].mean(),
         "alpha": series["alpha"].iloc[-1],
+        "hours": (evaluation.wall_time - events.Scalars(COLUMNS["return"])[0].wall_time) / 3600,
     }
     return curves, summary, {name: value for name, value in args.items() if name not in FREE}
 
