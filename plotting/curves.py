@@ -4,11 +4,12 @@ Writes curves.csv (binned returns, Q values, alpha, entropy), summary.csv (a row
 prints the summary as Markdown. `--redraw` does so from the two tables in --out instead, without any run.
 """
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import matplotlib
 
@@ -27,6 +28,15 @@ COLUMNS = {
     "entropy": "policy/entropy",
     "exploit_probability": "policy/exploit_probability",
 }
+QUANTITIES = {
+    "return": "episodic return",
+    "length": "episode length (steps)",
+    "q": "mean Q of a batch",
+    "q_minus_return": "Q minus return",
+    "alpha": "temperature alpha",
+    "entropy": "entropy (nats)",
+    "exploit_probability": "exploit probability",
+}
 # Okabe and Ito's palette, told apart by the colour-blind, with a line style beside each colour for greyscale
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))]
@@ -42,6 +52,10 @@ class Args:
     """folder of curves.csv, summary.csv and curves.png"""
     bin: int = 10_000
     """steps whose episodes are averaged into one point"""
+    show: tuple[Literal["return", "length", "q", "q_minus_return", "alpha", "entropy", "exploit_probability"], ...] = (
+        "return",
+    )
+    """quantities to draw, a row each"""
     redraw: bool = False
     """draw again from the tables in --out"""
 
@@ -83,24 +97,37 @@ def read_run(run_dir: Path, bin_steps: int) -> tuple[pd.DataFrame, dict, dict]:
     return curves, summary, {name: value for name, value in args.items() if name not in FREE}
 
 
-def draw(curves: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
-    """A panel a task: each seed a thin line, the mean over seeds a thick one, the random policy a grey one."""
+def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], path: Path) -> None:
+    """A column a task, a row a quantity: each seed a thin line, their mean a thick one, the random policy grey."""
     tasks = list(dict.fromkeys(curves["task"]))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3), squeeze=False, layout="constrained")
+    size = (4.2 * len(tasks), 2.6 * len(show) + 0.4)
+    figure, axes = plt.subplots(len(show), len(tasks), figsize=size, squeeze=False, sharex="col", layout="constrained")
     several_betas = curves.groupby("algorithm")["beta"].nunique().max() > 1
-    for axis, task in zip(axes[0], tasks, strict=True):
-        groups = curves[curves["task"] == task].groupby(["algorithm", "beta"])
-        for i, ((algorithm, beta), group) in enumerate(groups):
-            seeds = group.pivot(index="step", columns="seed", values="return")
+    groups = [group for group, _ in curves.groupby(["algorithm", "beta"])]
+    for (row, quantity), (column, task) in itertools.product(enumerate(show), enumerate(tasks)):
+        axis = axes[row, column]
+        for i, (algorithm, beta) in enumerate(groups):
+            chosen = (curves["task"] == task) & (curves["algorithm"] == algorithm) & (curves["beta"] == beta)
+            seeds = curves[chosen].pivot(index="step", columns="seed", values=quantity)
+            if seeds.empty:
+                continue
             label = f"{algorithm}, beta {beta:g}" if several_betas else algorithm
             style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
             axis.plot(seeds.index / 1e3, seeds.mean(axis=1), **style, label=f"{label} (n={seeds.shape[1]})")
             if seeds.shape[1] > 1:
                 axis.plot(seeds.index / 1e3, seeds, **style, linewidth=0.6, alpha=0.5)
-        axis.axhline(summary[summary["task"] == task]["random"].mean(), color="0.5", linewidth=1, label="random policy")
-        axis.set(title=task, xlabel="environment steps (thousands)", ylabel="episodic return")
+        if quantity == "return":
+            random = summary[summary["task"] == task]["random"].mean()
+            axis.axhline(random, color="0.5", linewidth=1, label="random policy")
+        if quantity == "alpha":
+            axis.set_yscale("log")
+        axis.set_ylabel(QUANTITIES[quantity])
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+        if row == 0:
+            axis.set_title(task)
+            axis.legend(fontsize=8, framealpha=0.9, edgecolor="none")
+        if row == len(show) - 1:
+            axis.set_xlabel("environment steps (thousands)")
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
@@ -126,7 +153,7 @@ def main(args: Args) -> None:
         summary = pd.DataFrame([row for _, row in tables]).sort_values(key)
         summary.to_csv(args.out / "summary.csv", index=False, float_format="%.4g")
     curves, summary = pd.read_csv(args.out / "curves.csv"), pd.read_csv(args.out / "summary.csv")
-    draw(curves, summary, args.out / "curves.png")
+    draw(curves, summary, args.show, args.out / "curves.png")
     rows = [list(summary.columns), ["-"] * len(summary.columns)]
     rows += [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in summary.itertuples(index=False)]
     print("\n".join("| " + " | ".join(row) + " |" for row in rows))
