@@ -98,20 +98,20 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
             env.render()  # fails now rather than in the run
         return env
     except Exception as error:  # of Gymnasium, of an imported module, or of the environment itself
-        flags, reason = f"--env-id {env_id}" + " --capture-video" * render, " ".join(str(error).split())
+        flags = f"--env-id {env_id}" + " --capture-video" * render
         known = [] if env_id in gym.registry else gym.registry
-        nearest = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0))
-        raise UsageError(f"{flags}: {reason} {'Nearest ids: ' * bool(nearest)}{nearest}".rstrip()) from error
+        nearest = ", ".join(difflib.get_close_matches(env_id, known, cutoff=0))
+        raise UsageError(f"{flags}: {error} {'Nearest ids: ' * bool(nearest)}{nearest}") from error
 
 
 def check_args(args: Args, env: gym.Env) -> None:
     """Raises UsageError on the first flag that cannot work, before anything is written."""
-    obs_space, action_space = env.observation_space, env.action_space
-    box = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1 and action_space.shape[0] > 0
-    if not box or not action_space.is_bounded() or not (action_space.low < action_space.high).all():
-        valid = "a bounded Box of one dimension (sac_discrete.py is the script for discrete ones)"
-        raise UsageError(f"--env-id {args.env_id}: actions must be {valid}, not {action_space}")
-    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1 or obs_space.shape[0] == 0:
+    obs_space, box = env.observation_space, env.action_space
+    flat, floats = (isinstance(x, gym.spaces.Box) and len(x.shape) == 1 and x.shape[0] > 0 for x in (obs_space, box))
+    if not floats or box.dtype.kind != "f" or not box.is_bounded() or not (box.low < box.high).all():
+        valid = "a bounded float Box of one dimension (sac_discrete.py is the script for discrete ones)"
+        raise UsageError(f"--env-id {args.env_id}: actions must be {valid}, not {box}")
+    if not flat:
         raise UsageError(f"--env-id {args.env_id}: observations must be flat (one dimension), not {obs_space}")
     total = args.total_timesteps
     positive = "total_timesteps buffer_size batch_size policy_frequency target_network_frequency "
@@ -137,8 +137,7 @@ preprocess = torch.Tensor.float  # observations as the networks take them
 
 def make_network(inputs: int, outputs: int) -> nn.Sequential:
     """Maps (B, inputs) to (B, outputs): the actor's Gaussian, or a critic's value."""
-    hidden = [nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
-    return nn.Sequential(*hidden, nn.Linear(256, outputs))
+    return nn.Sequential(nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, outputs))
 
 
 def q_values(critics: nn.ModuleList, obs: torch.Tensor, action: torch.Tensor) -> list[torch.Tensor]:
@@ -153,8 +152,8 @@ class Actor(nn.Module):
     def __init__(self, obs_dim: int, box: gym.spaces.Box):
         super().__init__()
         self.network = make_network(obs_dim, 2 * box.shape[0])
-        self.register_buffer("scale", torch.as_tensor((box.high - box.low) / 2, dtype=torch.float32))
-        self.register_buffer("centre", torch.as_tensor((box.high + box.low) / 2, dtype=torch.float32))
+        self.register_buffer("scale", torch.as_tensor((box.high - box.low) / 2, dtype=torch.float32), persistent=False)
+        self.register_buffer("centre", torch.as_tensor((box.high + box.low) / 2, dtype=torch.float32), persistent=False)
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log standard deviation of the Gaussian before tanh, (B, d) each."""
@@ -247,7 +246,7 @@ def start_logging(args: Args, algorithm: str) -> tuple[Path, SummaryWriter]:
             wandb.init(**project, **labels, sync_tensorboard=True, save_code=True, reinit="finish_previous")
         except Exception as error:
             run_dir.rmdir()
-            raise UsageError(f"--track: W&B: {' '.join(str(error).split())}") from error
+            raise UsageError(f"--track: W&B: {error}") from error
     (run_dir / "args.json").write_text(config + "\n")
     writer = SummaryWriter(run_dir)
     writer.add_text("hyperparameters", f"```\n{config}\n```")
@@ -257,19 +256,19 @@ def start_logging(args: Args, algorithm: str) -> tuple[Path, SummaryWriter]:
 @torch.inference_mode()
 def evaluate(actor: nn.Module, args: Args, device: torch.device, run_dir: Path) -> np.ndarray:
     """Returns of `args.eval_episodes` episodes of the mean action, each cut at 10,000 steps."""
-    env = make_env(args.env_id, args.capture_video)
+    env = gym.wrappers.TimeLimit(make_env(args.env_id, args.capture_video), 10_000)
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "eval"), video_length=300, gc_trigger=None)
     rng = np.random.default_rng([args.seed, 1])  # not the run's own generator: an evaluation changes nothing in a run
     returns = np.zeros(args.eval_episodes)
     for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=int(rng.integers(2**31)))
-        for _ in range(10_000):
+        (obs, _), done = env.reset(seed=int(rng.integers(2**31))), False
+        while not done:
             mean, _ = actor(preprocess(torch.as_tensor(obs[None], device=device)))
-            obs, reward, terminated, truncated, _ = env.step(actor.squash(mean)[0].cpu().numpy())
+            action = actor.squash(mean)[0].cpu().numpy().clip(env.action_space.low, env.action_space.high)
+            obs, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += reward
-            if terminated or truncated:
-                break
+            done = terminated or truncated
     env.close()
     return returns
 
@@ -288,7 +287,7 @@ def train(args: Args) -> Path:
 
     actor = Actor(obs_dim, box).to(device)
     critics = nn.ModuleList([make_network(obs_dim + d, 1), make_network(obs_dim + d, 1)]).to(device)
-    target_critics = copy.deepcopy(critics)
+    target_critics = copy.deepcopy(critics).requires_grad_(False)
     log_volume = box_log_volume(box)
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, fused=True)
     q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.q_lr, fused=True)
@@ -311,17 +310,15 @@ def train(args: Args) -> Path:
     for global_step in steps:
         # Act: at random during the warm-up, then from the policy
         if global_step < args.learning_starts:
-            action, start_time = (
-                rng.uniform(box.low, box.high).astype(np.float32),
-                time.time(),
-            )  # the speed is that of the steps after the warm-up
+            action = rng.uniform(box.low, box.high).astype(np.float32)
+            start_time = time.time()  # the speed is that of the steps after the warm-up
         else:
             with torch.inference_mode():
                 x = preprocess(torch.as_tensor(obs[None], device=device))
                 action, _, _ = actor.sample(x)  # (1, d)
                 if not episode_rewards:
                     start_value = torch.minimum(*q_values(critics, x, action)).item()
-                action = action[0].cpu().numpy()
+                action = action[0].cpu().numpy().clip(box.low, box.high)
 
         # Step and store: next_obs is the episode's own last observation, whatever ended it
         next_obs, reward, terminated, truncated, _ = env.step(action)
@@ -370,23 +367,14 @@ def train(args: Args) -> Path:
                     alpha = log_alpha.detach().exp()
 
             if global_step % args.policy_frequency == 0 and global_step % args.log_interval < args.policy_frequency:
-                with torch.no_grad():  # of the Gaussian before tanh: an approximation near the bounds
-                    sigma = actor.scale * actor(batch.obs)[1].exp()  # (B, d)
-                    inside = torch.erf(args.exploit_radius / (math.sqrt(2) * sigma)).prod(1).mean()
+                sigma = actor.scale * actor(batch.obs)[1].detach().exp()  # (B, d), before tanh: approximate at bounds
+                inside = torch.erf(args.exploit_radius / (math.sqrt(2) * sigma)).prod(1).mean()
                 sps = (global_step - args.learning_starts) / (time.time() - start_time)
-                scalars = {
-                    "charts/SPS": sps,
-                    "losses/qf1_values": q1.mean(),
-                    "losses/qf2_values": q2.mean(),
-                    "losses/qf1_loss": qf1_loss,
-                    "losses/qf2_loss": qf2_loss,
-                    "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
-                    "losses/actor_loss": pi_loss,
-                    "losses/alpha": alpha,
-                    "policy/entropy": entropy,
-                    "policy/kl": log_volume - entropy,
-                    "policy/exploit_probability": inside,
-                }
+                scalars = {"charts/SPS": sps, "losses/qf1_values": q1.mean(), "losses/qf2_values": q2.mean()}
+                scalars |= {"losses/qf1_loss": qf1_loss, "losses/qf2_loss": qf2_loss}
+                scalars |= {"losses/qf_loss": (qf1_loss + qf2_loss) / 2, "losses/actor_loss": pi_loss}
+                scalars |= {"losses/alpha": alpha, "policy/exploit_probability": inside}
+                scalars |= {"policy/entropy": entropy, "policy/kl": log_volume - entropy}
                 if args.autotune:
                     scalars |= {"losses/alpha_loss": alpha_loss, "policy/target_entropy": target_entropy}
                 for name, value in scalars.items():
@@ -398,9 +386,8 @@ def train(args: Args) -> Path:
                     print(f"step {global_step}: {status}, {sps:.0f} steps/s, {left:.0f} s left", flush=True)
 
         if global_step > args.learning_starts and global_step % args.target_network_frequency == 0:
-            with torch.no_grad():
-                for parameter, target in zip(critics.parameters(), target_critics.parameters(), strict=True):
-                    target.lerp_(parameter, args.tau)
+            for parameter, target in zip(critics.parameters(), target_critics.parameters(), strict=True):
+                target.lerp_(parameter.detach(), args.tau)
 
     env.close()
     torch.save({"args": asdict(args), "actor": actor.state_dict()}, run_dir / "actor.pt")
@@ -415,5 +402,5 @@ if __name__ == "__main__":
     try:
         train(tyro.cli(Args))
     except UsageError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        print(" ".join(f"{Path(__file__).name}: {error}".split()), file=sys.stderr)
         sys.exit(2)

@@ -114,10 +114,10 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
             env.render()  # fails now rather than in the run
         return env
     except Exception as error:  # of Gymnasium, of an imported module, or of the environment itself
-        flags, reason = f"--env-id {env_id}" + " --capture-video" * render, " ".join(str(error).split())
+        flags = f"--env-id {env_id}" + " --capture-video" * render
         known = [name.removeprefix("MinAtar/") for name in gym.registry if full_id not in gym.registry]
-        nearest = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0))
-        raise UsageError(f"{flags}: {reason} {'Nearest ids: ' * bool(nearest)}{nearest}".rstrip()) from error
+        nearest = ", ".join(difflib.get_close_matches(env_id, known, cutoff=0))
+        raise UsageError(f"{flags}: {error} {'Nearest ids: ' * bool(nearest)}{nearest}") from error
 
 
 def check_args(args: Args, env: gym.Env) -> None:
@@ -235,7 +235,7 @@ def start_logging(args: Args, algorithm: str) -> tuple[Path, SummaryWriter]:
             wandb.init(**project, **labels, sync_tensorboard=True, save_code=True, reinit="finish_previous")
         except Exception as error:
             run_dir.rmdir()
-            raise UsageError(f"--track: W&B: {' '.join(str(error).split())}") from error
+            raise UsageError(f"--track: W&B: {error}") from error
     (run_dir / "args.json").write_text(config + "\n")
     writer = SummaryWriter(run_dir)
     writer.add_text("hyperparameters", f"```\n{config}\n```")
@@ -245,19 +245,18 @@ def start_logging(args: Args, algorithm: str) -> tuple[Path, SummaryWriter]:
 @torch.inference_mode()
 def evaluate(actor: nn.Module, args: Args, device: torch.device, run_dir: Path) -> np.ndarray:
     """Returns of `args.eval_episodes` episodes of the most probable action, each cut at 10,000 steps."""
-    env = make_env(args.env_id, args.capture_video)
+    env = gym.wrappers.TimeLimit(make_env(args.env_id, args.capture_video), 10_000)
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "eval"), video_length=300, gc_trigger=None)
     rng = np.random.default_rng([args.seed, 1])  # not the run's own generator: an evaluation changes nothing in a run
     returns = np.zeros(args.eval_episodes)
     for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=int(rng.integers(2**31)))
-        for _ in range(10_000):
+        (obs, _), done = env.reset(seed=int(rng.integers(2**31))), False
+        while not done:
             action = actor(preprocess(torch.as_tensor(obs[None], device=device))).argmax().item()
             obs, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += reward
-            if terminated or truncated:
-                break
+            done = terminated or truncated
     env.close()
     return returns
 
@@ -276,7 +275,7 @@ def train(args: Args) -> Path:
 
     actor = make_network(obs_shape, n).to(device)
     critics = nn.ModuleList([make_network(obs_shape, n), make_network(obs_shape, n)]).to(device)
-    target_critics = copy.deepcopy(critics)
+    target_critics = copy.deepcopy(critics).requires_grad_(False)
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, eps=1e-4, fused=True)
     q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.q_lr, eps=1e-4, fused=True)
     log_alpha = torch.zeros((), requires_grad=True, device=device)
@@ -356,19 +355,11 @@ def train(args: Args) -> Path:
 
             if global_step % args.log_interval < args.update_frequency:
                 sps = (global_step - args.learning_starts) / (time.time() - start_time)
-                scalars = {
-                    "charts/SPS": sps,
-                    "losses/qf1_values": q1.mean(),
-                    "losses/qf2_values": q2.mean(),
-                    "losses/qf1_loss": qf1_loss,
-                    "losses/qf2_loss": qf2_loss,
-                    "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
-                    "losses/actor_loss": pi_loss,
-                    "losses/alpha": alpha,
-                    "policy/entropy": entropy,
-                    "policy/kl": math.log(n) - entropy,
-                    "policy/exploit_probability": pi.amax(1).mean(),
-                }
+                scalars = {"charts/SPS": sps, "losses/qf1_values": q1.mean(), "losses/qf2_values": q2.mean()}
+                scalars |= {"losses/qf1_loss": qf1_loss, "losses/qf2_loss": qf2_loss}
+                scalars |= {"losses/qf_loss": (qf1_loss + qf2_loss) / 2, "losses/actor_loss": pi_loss}
+                scalars |= {"losses/alpha": alpha, "policy/exploit_probability": pi.amax(1).mean()}
+                scalars |= {"policy/entropy": entropy, "policy/kl": math.log(n) - entropy}
                 if args.autotune:
                     scalars |= {"losses/alpha_loss": alpha_loss, "policy/target_entropy": target_entropy}
                 for name, value in scalars.items():
@@ -380,9 +371,8 @@ def train(args: Args) -> Path:
                     print(f"step {global_step}: {status}, {sps:.0f} steps/s, {left:.0f} s left", flush=True)
 
         if global_step > args.learning_starts and global_step % args.target_network_frequency == 0:
-            with torch.no_grad():
-                for parameter, target in zip(critics.parameters(), target_critics.parameters(), strict=True):
-                    target.lerp_(parameter, args.tau)
+            for parameter, target in zip(critics.parameters(), target_critics.parameters(), strict=True):
+                target.lerp_(parameter.detach(), args.tau)
 
     env.close()
     torch.save({"args": asdict(args), "actor": actor.state_dict()}, run_dir / "actor.pt")
@@ -397,5 +387,5 @@ if __name__ == "__main__":
     try:
         train(tyro.cli(Args))
     except UsageError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        print(" ".join(f"{Path(__file__).name}: {error}".split()), file=sys.stderr)
         sys.exit(2)

@@ -171,6 +171,7 @@ def register() -> None:
     gym.register("UnboundedBox-v0", Strange, kwargs={"action": gym.spaces.Box(-np.inf, np.inf, (1,))})
     gym.register("HalfBoundedBox-v0", Strange, kwargs={"action": gym.spaces.Box(np.float32([0]), np.float32([np.inf]))})
     gym.register("FlatBox-v0", Strange, kwargs={"action": gym.spaces.Box(np.float32([0.5]), np.float32([0.5]))})
+    gym.register("ByteBox-v0", Strange, kwargs={"action": gym.spaces.Box(0, 9, (2,), np.uint8)})
     gym.register("MatrixBox-v0", Strange, kwargs={"action": gym.spaces.Box(-1, 1, (2, 2))})
     box = gym.spaces.Box(-1, 1, (1,))
     image = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)

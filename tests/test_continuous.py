@@ -1,11 +1,13 @@
 """The mathematics of the two continuous scripts, against numerical integration, SciPy and loops written out by hand."""
 
+import itertools
 import math
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.optimize
 import scipy.special
 import scipy.stats
 import torch
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 import klac_continuous as klac
 import sac_continuous as sac
+import tests.envs
 
 BOTH = [sac, klac]
 TASKS = ["Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "Ant-v5", "Humanoid-v5", "Swimmer-v5", "InvertedPendulum-v5",
@@ -148,17 +151,109 @@ def test_actor_losses_are_means_of_the_plain_formula():
 
 @pytest.mark.parametrize("module", BOTH)
 def test_no_gradient_of_the_actor_step_enters_the_critics(monkeypatch, module):
-    """With a critic learning rate of nothing the critics must come out of a run as they went in."""
-    networks, real = [], module.make_network
-    monkeypatch.setattr(module, "make_network", lambda *a: networks.append(real(*a)) or networks[-1])
-    before = []
-    monkeypatch.setattr(module, "start_logging", lambda *a, f=module.start_logging: before.extend(
-        [p.detach().clone() for network in networks for p in network.parameters()]) or f(*a))  # fmt: skip
-    module.train(module.Args(env_id="Drift-v0", total_timesteps=160, q_lr=1e-30, **SHORT))
-    after = [p for network in networks for p in network.parameters()]
-    per_network = len(after) // 3
-    assert not any(torch.equal(a, b) for a, b in zip(before[:per_network], after[:per_network], strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(before[per_network:], after[per_network:], strict=True))
+    """Each critic parameter receives one gradient a critic update, and none in the actor's updates."""
+    networks, counts, real = [], [], module.make_network
+
+    def hooked(*a):
+        networks.append(real(*a))
+        for parameter in networks[-1].parameters() if len(networks) > 1 else ():  # the first one is the actor's
+            parameter.register_hook(lambda gradient: counts.append(1))
+        return networks[-1]
+
+    monkeypatch.setattr(module, "make_network", hooked)
+    module.train(module.Args(env_id="Drift-v0", total_timesteps=141, **SHORT))
+    assert len(counts) == 40 * 2 * 6  # updates, critics, weights and biases of three layers
+
+
+@pytest.mark.parametrize("module", BOTH)
+def test_realised_exploit_probability_is_that_of_the_gaussian_before_tanh(scalars, monkeypatch, module):
+    real = module.Actor.forward
+    monkeypatch.setattr(
+        module.Actor, "forward", lambda self, obs: (real(self, obs)[0], torch.full((len(obs), 2), -1.3))
+    )
+    monkeypatch.setattr(tests.envs.Point, "action_space", gym.spaces.Box(-3, 3, (2,), np.float32))
+    args = module.Args(env_id="Point-v0", total_timesteps=160, exploit_radius=0.4, autotune=False, **SHORT)
+    expected = (2 * scipy.stats.norm.cdf(0.4 / (3 * math.exp(-1.3))) - 1) ** 2
+    realised = [value for _, value in scalars(module.train(args))["policy/exploit_probability"]]
+    assert realised == pytest.approx([expected] * len(realised), rel=1e-4)
+
+
+def test_most_random_squashed_gaussian_is_that_much_below_the_uniform_policy():
+    """The 0.0096 nats a dimension by which a target must stay below log vol, by quadrature and a search over sigma."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(150)
+
+    def entropy(sigma):  # of tanh(sigma z): that of the Gaussian plus the mean log slope of tanh
+        slope = -2 * (np.logaddexp(sigma * nodes, -sigma * nodes) - math.log(2))  # of tanh: 1 / cosh^2
+        return 0.5 * math.log(2 * math.pi * math.e) + math.log(sigma) + (weights @ slope) / weights.sum()
+
+    best = scipy.optimize.minimize_scalar(lambda sigma: -entropy(sigma), bounds=(0.3, 2), method="bounded")
+    assert math.log(2) + best.fun == pytest.approx(0.0096, abs=1e-4)
+
+
+@pytest.mark.parametrize("module", BOTH)
+def test_actions_never_leave_the_box_by_a_rounding(module, monkeypatch):
+    """Drift asserts that its box contains each action; this box's ends are no float32, and the policy saturates."""
+    monkeypatch.setattr(tests.envs.Drift, "action_space", gym.spaces.Box(np.float32([-1.4]), np.float32([0.8])))
+    real = module.Actor.forward
+    monkeypatch.setattr(module.Actor, "forward", lambda self, obs: (50 * real(self, obs)[0], real(self, obs)[1]))
+    module.train(module.Args(env_id="Drift-v0", total_timesteps=400, **SHORT))
+
+
+def test_evaluation_plays_the_mean_action():
+    args = klac.Args(env_id="Point-v0", eval_episodes=3)
+    space = klac.make_env("Point-v0").action_space
+    actor = klac.Actor(2, space)
+    for parameter in actor.parameters():
+        parameter.data.zero_()
+    actor.network[-1].bias.data = torch.tensor([0.0, 0.0, 5.0, 5.0])  # mean 0, the widest spread
+    starts = np.random.default_rng([args.seed, 1])
+    env = klac.make_env("Point-v0")
+    distances = [np.linalg.norm(env.reset(seed=int(starts.integers(2**31)))[0]) for _ in range(3)]
+    returns = klac.evaluate(actor, args, torch.device("cpu"), None)
+    assert returns.tolist() == pytest.approx([-20 * distance for distance in distances])  # it stays where it was
+
+
+@pytest.mark.parametrize("module", BOTH)
+def test_q_minus_return_and_warm_up_actions(scalars, monkeypatch, module):
+    """The critic's value of the first state and the action taken there, less the discounted rewards that followed."""
+    stored, networks, real_add, real_network = [], [], module.ReplayBuffer.add, module.make_network
+    monkeypatch.setattr(module.ReplayBuffer, "add", lambda self, *t: stored.append(t) or real_add(self, *t))
+    monkeypatch.setattr(module, "make_network", lambda *a: networks.append(real_network(*a)) or networks[-1])
+    args = module.Args(env_id="Drift-v0", total_timesteps=160, gamma=0.8, policy_lr=1e-12, q_lr=1e-12, **SHORT)
+    logged = scalars(module.train(args))
+    warm_up = np.array([action[0] for _, action, *_ in stored[:100]])
+    assert warm_up.min() < -0.8 < 2.8 < warm_up.max()  # uniform on the box, [-1, 3]
+    expected, episode = [], []
+    ends = {step for step, _ in logged["charts/episodic_return"]}
+    for step, (obs, action, reward, _, _) in enumerate(stored):
+        episode.append((step, obs, action, reward))
+        if step in ends:
+            first, obs, action, _ = episode[0]
+            x = torch.tensor([*obs, *action], dtype=torch.float32)[None]
+            value = min(critic(x).item() for critic in networks[1:])
+            discounted = sum(0.8**t * r for t, (*_, r) in enumerate(episode))
+            expected += [value - discounted] if first >= 100 else []
+            episode = []
+    assert len(expected) > 5
+    assert [value for _, value in logged["charts/q_minus_return"]] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_target_networks_move_by_tau(monkeypatch):
+    networks, seen, real_network, real_target = [], [], klac.make_network, klac.td_target
+
+    def record(batch, actor, target_critics, *rest):
+        online = [p.detach().clone() for network in networks[1:3] for p in network.parameters()]
+        seen.append((online, [p.detach().clone() for p in target_critics.parameters()]))
+        return real_target(batch, actor, target_critics, *rest)
+
+    monkeypatch.setattr(klac, "make_network", lambda *a: networks.append(real_network(*a)) or networks[-1])
+    monkeypatch.setattr(klac, "td_target", record)
+    klac.train(klac.Args(env_id="Drift-v0", total_timesteps=130, **SHORT))
+    assert all(torch.equal(a, b) for a, b in zip(*seen[0], strict=True))  # they start as copies
+    for (_, before), (online, after) in itertools.pairwise(seen):
+        for start, end, parameter in zip(before, after, online, strict=True):
+            torch.testing.assert_close(end, 0.995 * start + 0.005 * parameter)
+    assert not torch.equal(*(parameters[0] for parameters in seen[-1]))
 
 
 @pytest.mark.parametrize("module", BOTH)
@@ -185,8 +280,9 @@ def test_actor_and_temperature_take_two_steps_every_two(monkeypatch, module):
 def test_default_radius_is_reachable_on_every_task_with_a_target_above_sac_s(task):
     space = klac.make_env(task).action_space
     d = space.shape[0]
-    for p in (0.5, 0.8):
-        assert -d < klac.exploit_entropy(p, 0.25, d) < klac.box_log_volume(space)
+    defaults = klac.Args()
+    for p in (defaults.p_start, defaults.p_end):
+        assert -d < klac.exploit_entropy(p, defaults.exploit_radius, d) < klac.box_log_volume(space) - 0.0096 * d
     volume = np.prod(np.subtract(space.high, space.low, dtype=np.float64))
     assert klac.box_log_volume(space) == pytest.approx(math.log(volume))
 
@@ -197,19 +293,20 @@ def test_unreachable_targets_are_refused_with_values_that_are_valid():
     message = str(refusal.value)
     assert message.startswith("--exploit-radius 0.9 --p-start 0.5: ")
     r, p = (float(message.split(word)[1].split()[0]) for word in ("r below ", "p above "))
-    log_volume = 2 * math.log(2)
+    log_volume = 2 * math.log(2) - 2 * 0.0096  # the most that a tanh-Gaussian reaches
     assert klac.exploit_entropy(0.5, r, 2) == pytest.approx(log_volume, abs=0.01)
     assert klac.exploit_entropy(p, 0.9, 2) == pytest.approx(log_volume, abs=0.01)
     env = klac.make_env("Swimmer-v5")
     klac.check_args(klac.Args(env_id="Swimmer-v5", exploit_radius=r - 0.001), env)
     klac.check_args(klac.Args(env_id="Swimmer-v5", exploit_radius=0.9, p_start=p + 0.001, p_end=0.95), env)
     klac.check_args(klac.Args(env_id="Swimmer-v5", exploit_radius=0.9, anneal=False), env)
+    klac.check_args(klac.Args(env_id="Swimmer-v5", exploit_radius=0.9, autotune=False), env)
     with pytest.raises(klac.UsageError, match=r"--p-end 0\.3"):
         klac.check_args(klac.Args(env_id="Swimmer-v5", exploit_radius=0.6, p_start=0.95, p_end=0.3), env)
 
 
 def test_annealed_run_logs_its_schedule_and_what_was_realised(scalars):
-    args = klac.Args(env_id="Drift-v0", total_timesteps=400, anneal_timesteps=200, **SHORT)
+    args = klac.Args(env_id="Drift-v0", total_timesteps=400, anneal_timesteps=200, policy_frequency=1, **SHORT)
     logged = {tag: dict(values) for tag, values in scalars(klac.train(args)).items()}
     p = logged["policy/target_exploit_probability"]
     assert p[150] == pytest.approx(0.5 + 0.3 * 150 / 200)
@@ -217,9 +314,9 @@ def test_annealed_run_logs_its_schedule_and_what_was_realised(scalars):
     assert logged["policy/target_entropy"][300] == pytest.approx(klac.exploit_entropy(0.8, 0.25, 1), rel=1e-5)
     for step, entropy in logged["policy/entropy"].items():
         assert logged["policy/kl"][step] == pytest.approx(math.log(4) - entropy, abs=1e-4)
-        assert 0 < logged["policy/exploit_probability"][step] < 1
-        excess = entropy - logged["policy/target_entropy"][step]
-        assert logged["losses/alpha_loss"][step] * excess >= 0
+        excess = entropy - logged["policy/target_entropy"][step]  # of the actor's own sample
+        alpha = logged["losses/alpha"].get(step - 1, 1.0)
+        assert logged["losses/alpha_loss"][step] == pytest.approx(alpha * excess, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("module", BOTH)

@@ -1,6 +1,7 @@
 """SAC and KLAC side by side: the blocks they share, what differs, and the paper's exact control."""
 
 import ast
+import json
 import math
 import subprocess
 from pathlib import Path
@@ -26,7 +27,8 @@ def blocks(module):
     found = {}
     for node in ast.parse(source).body:
         name = getattr(node, "name", None) or (node.targets[0].id if isinstance(node, ast.Assign) else None)
-        found[name] = ast.get_source_segment(source, node)
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+        found[name] = "\n".join(source.splitlines()[first - 1 : node.end_lineno])
     return found
 
 
@@ -105,12 +107,13 @@ def test_targets_differ_by_the_entropy_term_and_nothing_else(sac, klac, env_id):
     torch.testing.assert_close(y_klac - y_ab, torch.full((16,), 0.25))
 
 
+@pytest.mark.parametrize("frequency", [None, 1])
 @pytest.mark.parametrize(("sac", "klac", "env_id"), PAIRS, ids=IDS)
-def test_with_alpha_at_zero_in_the_critic_sac_is_klac_ab_to_the_bit(scalars, monkeypatch, sac, klac, env_id):
+def test_with_alpha_at_zero_in_the_critic_sac_is_klac_ab_to_the_bit(scalars, monkeypatch, sac, klac, env_id, frequency):
     """Same seed, weights, draws, actor and temperature losses: without its entropy term SAC's run IS KLAC-ab's."""
     real, alphas, flags = sac.td_target, [], SHORT | {"env_id": env_id, "total_timesteps": 400}
-    if sac is sac_continuous:
-        flags |= {"policy_frequency": 1}  # the actor's first update is then the first update of the run
+    if frequency:  # the actor's first update is then the first update of the run
+        flags |= {"policy_frequency" if sac is sac_continuous else "update_frequency": frequency}
     run_ab = klac.train(klac.Args(bias=False, anneal=False, **flags))
     run_sac = sac.train(sac.Args(**flags))
     monkeypatch.setattr(sac, "td_target", lambda *a: alphas.append(a[-1]) or real(*a[:-1], torch.tensor(0.0)))
@@ -126,9 +129,25 @@ def test_with_alpha_at_zero_in_the_critic_sac_is_klac_ab_to_the_bit(scalars, mon
     assert all(torch.equal(actor(run_zero)[name], parameter) for name, parameter in actor(run_ab).items())
     # with it they part, but only where the critic first learns: the first temperature loss is still the same
     assert logged(run_sac) != logged(run_ab)
-    assert logged(run_sac)["losses/alpha_loss"][0] == logged(run_ab)["losses/alpha_loss"][0]
+    if frequency or sac is sac_discrete:
+        assert logged(run_sac)["losses/alpha_loss"][0] == logged(run_ab)["losses/alpha_loss"][0]
+        assert float(alphas[-1]) == pytest.approx(logged(run_zero)["losses/alpha"][-2][1])
     assert float(alphas[0]) == 1.0  # the alpha that the temperature step of train() hands to the critic
-    assert float(alphas[-1]) == pytest.approx(logged(run_zero)["losses/alpha"][-2][1])
+
+
+@pytest.mark.parametrize(("sac", "klac", "env_id"), PAIRS, ids=IDS)
+@pytest.mark.parametrize(("flags", "label"), [
+    ({}, "KLAC"),
+    ({"anneal": False}, "KLAC-a"),
+    ({"bias": False}, "KLAC-b"),
+    ({"anneal": False, "bias": False}, "KLAC-ab"),
+])  # fmt: skip
+def test_variants_and_their_labels(monkeypatch, sac, klac, env_id, flags, label):
+    betas, real = [], klac.td_target
+    monkeypatch.setattr(klac, "td_target", lambda *a: betas.append(a[-1]) or real(*a))
+    run_dir = klac.train(klac.Args(env_id=env_id, total_timesteps=110, beta=0.7, **SHORT, **flags))
+    assert json.loads((run_dir / "args.json").read_text())["algorithm"] == label
+    assert set(betas) == {0.7 if flags.get("bias", True) else 0.0}
 
 
 @pytest.mark.parametrize(("sac", "klac", "env_id"), PAIRS, ids=IDS)

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import math
 
 import gymnasium as gym
@@ -123,6 +122,7 @@ def test_the_first_update_is_the_one_worked_out_by_hand(scalars, monkeypatch, re
     run_dir = klac.train(args)
     logged = {tag: dict(values) for tag, values in scalars(run_dir).items()}
     batch, actor, critics = seen[0]  # before the first update the target critics still equal the critics
+    critics.requires_grad_(True)
     n, step = 3, 104
 
     y = target_by_hand(batch, actor, critics, 0.99, 0.5)
@@ -215,20 +215,6 @@ def test_annealed_run_follows_its_schedule_and_fixed_ones_do_not(scalars):
     fixed = run(autotune=False, alpha=0.37)
     np.testing.assert_allclose(list(fixed["losses/alpha"].values()), 0.37, rtol=1e-6)
     assert "losses/alpha_loss" not in fixed
-
-
-@pytest.mark.parametrize(("flags", "label"), [
-    ({}, "KLAC"),
-    ({"anneal": False}, "KLAC-a"),
-    ({"bias": False}, "KLAC-b"),
-    ({"anneal": False, "bias": False}, "KLAC-ab"),
-])  # fmt: skip
-def test_variants_and_their_labels(monkeypatch, flags, label):
-    betas, real = [], klac.td_target
-    monkeypatch.setattr(klac, "td_target", lambda *a: betas.append(a[-1]) or real(*a))
-    run_dir = klac.train(Args(env_id="Walk-v0", total_timesteps=200, beta=0.7, **TINY, **flags))
-    assert json.loads((run_dir / "args.json").read_text())["algorithm"] == label
-    assert set(betas) == {0.7 if flags.get("bias", True) else 0.0}
 
 
 @pytest.mark.parametrize(("env_id", "value"), [("OneStepTermination-v0", 1.0), ("OneStepTruncation-v0", 2.0)])

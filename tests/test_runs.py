@@ -206,6 +206,7 @@ BAD_CONTINUOUS = [
     (["--env-id", "UnboundedBox-v0"], ["--env-id UnboundedBox-v0", "bounded"]),
     (["--env-id", "HalfBoundedBox-v0"], ["--env-id HalfBoundedBox-v0", "bounded"]),
     (["--env-id", "FlatBox-v0"], ["--env-id FlatBox-v0", "bounded"]),
+    (["--env-id", "ByteBox-v0"], ["--env-id ByteBox-v0", "float"]),
     (["--env-id", "MatrixBox-v0"], ["--env-id MatrixBox-v0", "one dimension"]),
     (["--env-id", "ContinuousImage-v0"], ["--env-id ContinuousImage-v0", "flat"]),
     (["--policy-frequency", "0"], ["--policy-frequency 0", "positive"]),
