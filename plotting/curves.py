@@ -75,7 +75,7 @@ def read_run(run_dir: Path, bin_steps: int) -> tuple[pd.DataFrame, dict, dict]:
         raise ValueError(f"{run_dir}: too short a run: it has no {', '.join(sorted(missing))}")
     labels = {
         "task": args["env_id"].removeprefix("MinAtar/"),
-        "algorithm": args["algorithm"],
+        "algorithm": "KLAC-b" if args["algorithm"] == "KLAC" and args["beta"] == 0 else args["algorithm"],
         "beta": args["beta"] if args.get("bias") else 0.0,
         "seed": args["seed"],
     }
