@@ -12,6 +12,7 @@ KLAC keeps that regulariser in the actor alone. Equation and line numbers are th
 The README explains the flags and the metrics; docs/algorithms.md lists where the paper is silent or misprinted.
 """
 
+import colorsys
 import copy
 import difflib
 import json
@@ -114,7 +115,12 @@ class MinAtarFixes(gym.Wrapper):
         return super().reset(**kwargs)
 
     def render(self):
-        return (super().render() * 255).astype(np.uint8).repeat(32, axis=0).repeat(32, axis=1)
+        """Each cell in the hue of its last channel: MinAtar's own palette leaves the player nearly black."""
+        state = self.unwrapped.game.state()  # (10, 10, C)
+        channels = np.arange(1, state.shape[2] + 1)
+        palette = np.array([(0, 0, 0), *(colorsys.hsv_to_rgb(c / len(channels), 0.7, 1) for c in channels)])
+        frame = (255 * palette[(state * channels).max(axis=2)]).astype(np.uint8)
+        return frame.repeat(32, axis=0).repeat(32, axis=1)
 
 
 def make_env(env_id: str, render: bool = False) -> gym.Env:

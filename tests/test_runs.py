@@ -438,3 +438,14 @@ def test_help_explains_every_flag(run_script, name):
 def test_make_env_accepts_both_names_of_a_minatar_game():
     assert klac_discrete.make_env("Seaquest-v1").spec.id == klac_discrete.make_env("MinAtar/Seaquest-v1").spec.id
     assert isinstance(klac_discrete.make_env("CartPole-v1").unwrapped, gym.Env)
+
+
+@pytest.mark.parametrize("env_id", GAMES)
+def test_a_frame_shows_everything_in_the_game_and_nothing_else(env_id):
+    env = klac_discrete.make_env(env_id, render=True)
+    obs, _ = env.reset(seed=3)
+    frame = env.render()
+    assert frame.shape == (320, 320, 3)
+    assert frame.dtype == np.uint8
+    shown = frame[16::32, 16::32].max(axis=2) >= 250  # full brightness
+    assert np.array_equal(shown, obs.any(axis=2))
