@@ -6,6 +6,7 @@ prints the summary as Markdown. `--redraw` does so from the two tables in --out 
 
 import itertools
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,18 +57,21 @@ class Args:
         "return",
     )
     """quantities to draw, a row each"""
+    steps: int | None = None
+    """read only so many steps of each run, to compare longer runs with shorter ones"""
     redraw: bool = False
     """draw again from the tables in --out"""
 
 
-def read_run(run_dir: Path, bin_steps: int) -> tuple[pd.DataFrame, dict, dict]:
+def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.DataFrame, dict, dict]:
     """One run as (binned curves, its row of the summary, its arguments). Raises ValueError if it is not finished."""
     if not (run_dir / "actor.pt").is_file():
         raise ValueError(f"{run_dir}: not the folder of a finished run: it has no actor.pt")
     args = json.loads((run_dir / "args.json").read_text())
+    total = min(args["total_timesteps"], max_steps or math.inf)
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     series = {
-        name: pd.Series({e.step: e.value for e in events.Scalars(tag)}, dtype=float)
+        name: pd.Series({e.step: e.value for e in events.Scalars(tag) if e.step < total}, dtype=float)
         for name, tag in COLUMNS.items()
         if tag in events.Tags()["scalars"]
     }
@@ -82,17 +86,18 @@ def read_run(run_dir: Path, bin_steps: int) -> tuple[pd.DataFrame, dict, dict]:
     curves = pd.DataFrame({name: values.groupby(values.index // bin_steps).mean() for name, values in series.items()})
     curves = curves.assign(step=(curves.index + 1) * bin_steps, **labels)[[*labels, "step", *COLUMNS]]
 
-    returns, total, evaluation = series["return"], args["total_timesteps"], events.Scalars("eval/episodic_return")[-1]
+    returns, evaluation = series["return"], events.Scalars("eval/episodic_return")[-1]
+    last = [e for e in events.Scalars(COLUMNS["return"]) if e.step < total][-1]
     summary = labels | {
         "steps": total,
         "random": returns[returns.index < args["learning_starts"]].mean(),
         "last 10%": returns[returns.index >= 0.9 * total].mean(),
         "best 10": returns.nlargest(10).mean(),
-        "argmax": evaluation.value,
+        "argmax": evaluation.value if total == args["total_timesteps"] else math.nan,
         "Q": series["q"].iloc[-10:].mean(),
         "Q - return": series["q_minus_return"][lambda s: s.index >= 0.9 * total].mean(),
         "alpha": series["alpha"].iloc[-1],
-        "hours": (evaluation.wall_time - events.Scalars(COLUMNS["return"])[0].wall_time) / 3600,
+        "hours": (last.wall_time - events.Scalars(COLUMNS["return"])[0].wall_time) / 3600,
     }
     return curves, summary, {name: value for name, value in args.items() if name not in FREE}
 
@@ -139,7 +144,7 @@ def main(args: Args) -> None:
             raise ValueError("no run given: name at least one run's folder, or --redraw")
         tables, settings, seen = [], {}, {}
         for run_dir in args.runs:
-            curves, summary, arguments = read_run(run_dir, args.bin)
+            curves, summary, arguments = read_run(run_dir, args.bin, args.steps)
             task, algorithm, beta, seed = (summary[name] for name in key)
             if (other := seen.setdefault((task, algorithm, beta, seed), run_dir)) is not run_dir:
                 raise ValueError(f"{run_dir}: the same task, algorithm, beta and seed as {other}")

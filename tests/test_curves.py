@@ -33,6 +33,12 @@ def test_tables_and_figure_follow_from_the_runs(scalars):
     assert list(curve.index) == [200, 400, 600]
     assert curve[400] == pytest.approx(np.mean([v for step, v in returns if 200 <= step < 400]), rel=1e-3)
 
+    curves.main(curves.Args(runs=runs[:1], out=Path("half"), bin=200, steps=400))
+    row = pd.read_csv("half/summary.csv").iloc[0]
+    assert row["steps"] == 400
+    assert row["last 10%"] == pytest.approx(np.mean([v for step, v in returns if 360 <= step < 400]), rel=1e-3)
+    assert row["best 10"] == pytest.approx(np.mean(sorted(v for step, v in returns if step < 400)[-10:]), rel=1e-3)
+
     drawn = Path("out/curves.png").read_bytes()
     shutil.rmtree("runs")
     curves.main(curves.Args(redraw=True, out=Path("out")))
