@@ -238,9 +238,7 @@ def make_log_q(args: Args, obs_shape: tuple[int, ...], n: int, device: torch.dev
     try:
         network.load_state_dict(torch.load(path, map_location=device, weights_only=True)["actor"])
     except Exception as error:  # missing, not a checkpoint, another shape: torch raises a different error for each
-        raise UsageError(
-            f"--reference {path}: must be the actor of an earlier run on this task: {error!s:.200}"
-        ) from error
+        raise UsageError(f"--reference {path}: must be the actor of an earlier run here: {error!s:.200}") from error
     return lambda obs: F.log_softmax(network(obs), dim=1)
 
 
@@ -415,8 +413,7 @@ def train(args: Args) -> Path:
                 scalars |= {"policy/entropy": -(pi * log_pi).sum(1).mean(), "policy/kl": math.log(n) - relative_entropy}
                 if args.autotune:
                     scalars |= {"losses/alpha_loss": alpha_loss, "policy/target_entropy": target_entropy}
-                if args.autotune and args.anneal:
-                    scalars["policy/target_exploit_probability"] = p
+                    scalars |= {"policy/target_exploit_probability": p} if args.anneal else {}
                 for name, value in scalars.items():
                     writer.add_scalar(name, value, global_step)
                 status = f"return {np.mean(recent_returns):.2f}" if recent_returns else "no episode yet"
