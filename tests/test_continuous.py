@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -372,6 +373,8 @@ def test_pendulum_is_solved(scalars, module):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_runs(task):
+def test_every_task_runs_and_writes_only_its_run(task, capfd):
     args = klac.Args(env_id=task, total_timesteps=220, learning_starts=200, buffer_size=1_000, eval_episodes=1)
     assert (klac.train(args) / "actor.pt").is_file()
+    assert capfd.readouterr().err == ""
+    assert [path.name for path in Path().iterdir()] == ["runs"]
