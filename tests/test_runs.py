@@ -383,10 +383,12 @@ def test_two_tracked_runs_of_one_process_stay_apart(scalars):
     run_dirs = [klac_discrete.train(klac_discrete.Args(env_id="Walk-v0", seed=seed, track=True, eval_episodes=1,
                 total_timesteps=300, learning_starts=100, log_interval=50)) for seed in (1, 2)]  # fmt: skip
     wandb.finish()
-    histories = [history_of(offline_run) for offline_run in sorted(Path("wandb").glob("offline-run-*"))]
-    assert [description.display_name for _, description in histories] == [path.name for path in run_dirs]
-    for run_dir, (counts, _) in zip(run_dirs, histories, strict=True):
-        assert {tag: counts[tag] for tag in scalars(run_dir)} == {t: len(v) for t, v in scalars(run_dir).items()}
+    histories = [history_of(offline_run) for offline_run in Path("wandb").glob("offline-run-*")]
+    counts = {description.display_name: counts for counts, description in histories}
+    assert len(histories) == 2 and counts.keys() == {path.name for path in run_dirs}
+    for run_dir in run_dirs:
+        logged = {tag: len(values) for tag, values in scalars(run_dir).items()}
+        assert {tag: counts[run_dir.name][tag] for tag in logged} == logged
 
 
 @pytest.mark.parametrize(("environment", "word"), [
