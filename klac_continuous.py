@@ -45,6 +45,8 @@ class Args:
     """make cuDNN deterministic (the CPU always is)"""
     cuda: bool = True
     """use a GPU where there is one"""
+    compile: bool = False
+    """compile target and losses (CUDA graphs on a GPU, a C++ compiler on a CPU); the first updates take a minute"""
     track: bool = False
     """send the run to Weights & Biases as well (WANDB_MODE=offline needs no login)"""
     wandb_project_name: str = "klac"
@@ -161,9 +163,20 @@ def check_args(args: Args, env: gym.Env) -> None:
 preprocess = torch.Tensor.float  # observations as the networks take them
 
 
+class Linear(nn.Linear):
+    """nn.Linear, in eager mode on a CPU by oneDNN: its matrix products are up to twice as fast as the BLAS's on AMD."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cpu and len(x) > 1 and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling():
+            return super().forward(x.to_mkldnn()).to_dense()
+        return super().forward(x)
+
+
 def make_network(inputs: int, outputs: int) -> nn.Sequential:
     """Maps (B, inputs) to (B, outputs): the actor's Gaussian, or a critic's value."""
-    return nn.Sequential(nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, outputs))
+    return nn.Sequential(
+        nn.Linear(inputs, 256), nn.ReLU(inplace=True), Linear(256, 256), nn.ReLU(inplace=True), nn.Linear(256, outputs)
+    )
 
 
 def q_values(critics: nn.ModuleList, obs: torch.Tensor, action: torch.Tensor) -> list[torch.Tensor]:
@@ -264,9 +277,19 @@ def td_target(batch: Batch, actor: Actor, target_critics, gamma: float, beta: fl
     return batch.rewards + beta + gamma * (1 - batch.terminations) * next_v
 
 
-def actor_loss(log_pi: torch.Tensor, log_vq: torch.Tensor | float, min_q: torch.Tensor, alpha: torch.Tensor):
-    """alpha KL(pi || q exp(Q / alpha) / Z) up to a constant: E_{a ~ pi}[alpha (log pi - log vq) - min_i Q_i]."""
-    return (alpha * (log_pi - log_vq) - min_q).mean()
+def critic_loss(batch: Batch, critics: nn.ModuleList, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Each critic's mean squared error, and its Q(s, a), (B,), for the log."""
+    q1, q2 = q_values(critics, batch.obs, batch.actions)
+    return F.mse_loss(q1, y), F.mse_loss(q2, y), q1, q2
+
+
+def actor_loss(batch: Batch, actor: Actor, critics: nn.ModuleList, log_q, log_volume: float, alpha: torch.Tensor):
+    """alpha KL(pi || q exp(Q / alpha) / Z) up to a constant, E_{a ~ pi}[alpha (log pi - log vq) - min_i Q_i], with its
+    log pi, (B,), and log vq, which is q's relative to the uniform policy: 0 if q is that policy."""
+    action, log_pi, u = actor.sample(batch.obs)
+    min_q = torch.minimum(*q_values(critics, batch.obs, action))  # (B,)
+    log_vq = log_q(batch.obs, u) + log_volume
+    return (alpha * (log_pi - log_vq) - min_q).mean(), log_pi.detach(), log_vq
 
 
 def temperature_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: float) -> torch.Tensor:
@@ -349,6 +372,11 @@ def train(args: Args) -> Path:
     except (MemoryError, ValueError) as error:
         raise UsageError(f"--buffer-size {args.buffer_size}: must fit into memory: {error}") from error
 
+    losses = td_target, critic_loss, actor_loss
+    if args.compile:
+        losses = (torch.compile(loss, mode="reduce-overhead") for loss in losses)
+    compute_td_target, compute_critic_loss, compute_actor_loss = losses
+
     run_dir, writer = start_logging(args, algorithm)
     print(f"{run_dir}: {algorithm} on {args.env_id} ({device})", flush=True)
     if args.capture_video:
@@ -387,12 +415,13 @@ def train(args: Args) -> Path:
 
         if global_step > args.learning_starts:
             batch = buffer.sample(args.batch_size, rng)
+            if args.compile:
+                torch.compiler.cudagraph_mark_step_begin()
 
             # Critics: regress both on the target
             with torch.no_grad():
-                y = td_target(batch, actor, target_critics, args.gamma, args.beta if args.bias else 0.0)
-            q1, q2 = q_values(critics, batch.obs, batch.actions)  # (B,) each
-            qf1_loss, qf2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
+                y = compute_td_target(batch, actor, target_critics, args.gamma, args.beta if args.bias else 0.0)
+            qf1_loss, qf2_loss, q1, q2 = compute_critic_loss(batch, critics, y)
             q_optimizer.zero_grad()
             (qf1_loss + qf2_loss).backward()
             q_optimizer.step()
@@ -402,10 +431,7 @@ def train(args: Args) -> Path:
                 target_entropy = exploit_entropy(p, args.exploit_radius, d)
             for _ in range(args.policy_frequency if global_step % args.policy_frequency == 0 else 0):
                 # Actor: towards the Boltzmann policy of the critics, whose weights get no gradient
-                action, log_pi, u = actor.sample(batch.obs)
-                min_q = torch.minimum(*q_values(critics, batch.obs, action))  # (B,)
-                log_vq = log_q(batch.obs, u) + log_volume  # relative to the uniform policy, for which it is 0
-                pi_loss = actor_loss(log_pi, log_vq, min_q, alpha)
+                pi_loss, log_pi, log_vq = compute_actor_loss(batch, actor, critics, log_q, log_volume, alpha)
                 actor_optimizer.zero_grad()
                 pi_loss.backward(inputs=list(actor.parameters()))
                 actor_optimizer.step()

@@ -47,6 +47,8 @@ class Args:
     """make cuDNN deterministic (the CPU always is)"""
     cuda: bool = True
     """use a GPU where there is one"""
+    compile: bool = False
+    """compile target and losses (CUDA graphs on a GPU, a C++ compiler on a CPU); the first updates take a minute"""
     track: bool = False
     """send the run to Weights & Biases as well (WANDB_MODE=offline needs no login)"""
     wandb_project_name: str = "klac"
@@ -183,14 +185,28 @@ def preprocess(obs: torch.Tensor) -> torch.Tensor:
     return x / 255 if obs.dtype == torch.uint8 else x
 
 
+class Linear(nn.Linear):
+    """nn.Linear, in eager mode on a CPU by oneDNN: its matrix products are up to twice as fast as the BLAS's on AMD."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cpu and len(x) > 1 and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling():
+            return super().forward(x.to_mkldnn()).to_dense()
+        return super().forward(x)
+
+
 def make_network(obs_shape: tuple[int, ...], n: int) -> nn.Sequential:
     """Maps (B, *obs) to (B, n): the logits of the actor, or a critic's value of each action."""
     if len(obs_shape) == 3:
         height, width, channels = obs_shape
-        encoder = [nn.Conv2d(channels, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * (height - 2) * (width - 2), 128)]
+        encoder = [
+            nn.Conv2d(channels, 16, 3),
+            nn.ReLU(inplace=True),
+            nn.Flatten(),
+            Linear(16 * (height - 2) * (width - 2), 128),
+        ]
     else:
-        encoder = [nn.Linear(obs_shape[0], 128), nn.ReLU(), nn.Linear(128, 128)]
-    network = nn.Sequential(*encoder, nn.ReLU(), nn.Linear(128, n))
+        encoder = [nn.Linear(obs_shape[0], 128), nn.ReLU(inplace=True), Linear(128, 128)]
+    network = nn.Sequential(*encoder, nn.ReLU(inplace=True), nn.Linear(128, n))
     for parameter in network.parameters():
         nn.init.kaiming_normal_(parameter) if parameter.ndim > 1 else nn.init.zeros_(parameter)  # weights, biases
     return network
@@ -250,9 +266,21 @@ def td_target(batch: Batch, actor: nn.Module, target_critics, gamma: float, beta
     return batch.rewards + beta + gamma * (1 - batch.terminations) * next_v
 
 
-def actor_loss(log_pi: torch.Tensor, log_nq: torch.Tensor | float, min_q: torch.Tensor, alpha: torch.Tensor):
-    """alpha KL(pi || q exp(Q / alpha) / Z) up to a constant: E_{a ~ pi}[alpha (log pi - log nq) - min_i Q_i]."""
-    return (log_pi.exp() * (alpha * (log_pi - log_nq) - min_q)).sum(1).mean()
+def critic_loss(batch: Batch, critics: nn.ModuleList, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Each critic's mean squared error, and its Q(s, a), (B,), for the log."""
+    q1, q2 = (q(batch.obs).gather(1, batch.actions[:, None]).squeeze(1) for q in critics)
+    return F.mse_loss(q1, y), F.mse_loss(q2, y), q1, q2
+
+
+def actor_loss(batch: Batch, actor: nn.Module, critics: nn.ModuleList, log_q, alpha: torch.Tensor):
+    """alpha KL(pi || q exp(Q / alpha) / Z) up to a constant, E_{a ~ pi}[alpha (log pi - log nq) - min_i Q_i], with its
+    log pi, (B, n), and log nq, which is q's relative to the uniform policy: 0 if q is that policy."""
+    with torch.no_grad():
+        min_q = torch.minimum(*(q(batch.obs) for q in critics))  # (B, n)
+        log_nq = log_q(batch.obs) + math.log(min_q.shape[1])
+    log_pi = F.log_softmax(actor(batch.obs), dim=1)
+    loss = (log_pi.exp() * (alpha * (log_pi - log_nq) - min_q)).sum(1).mean()
+    return loss, log_pi.detach(), log_nq
 
 
 def temperature_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: float) -> torch.Tensor:
@@ -334,6 +362,11 @@ def train(args: Args) -> Path:
     except (MemoryError, ValueError) as error:
         raise UsageError(f"--buffer-size {args.buffer_size}: must fit into memory: {error}") from error
 
+    losses = td_target, critic_loss, actor_loss
+    if args.compile:
+        losses = (torch.compile(loss, mode="reduce-overhead") for loss in losses)
+    compute_td_target, compute_critic_loss, compute_actor_loss = losses
+
     run_dir, writer = start_logging(args, algorithm)
     print(f"{run_dir}: {algorithm} on {args.env_id} ({device})", flush=True)
     if args.capture_video:
@@ -371,22 +404,19 @@ def train(args: Args) -> Path:
 
         if global_step > args.learning_starts and global_step % args.update_frequency == 0:
             batch = buffer.sample(args.batch_size, rng)
+            if args.compile:
+                torch.compiler.cudagraph_mark_step_begin()
 
             # Critics: regress both on the target
             with torch.no_grad():
-                y = td_target(batch, actor, target_critics, args.gamma, args.beta if args.bias else 0.0)
-            q1, q2 = (q(batch.obs).gather(1, batch.actions[:, None]).squeeze(1) for q in critics)  # (B,) each
-            qf1_loss, qf2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
+                y = compute_td_target(batch, actor, target_critics, args.gamma, args.beta if args.bias else 0.0)
+            qf1_loss, qf2_loss, q1, q2 = compute_critic_loss(batch, critics, y)
             q_optimizer.zero_grad()
             (qf1_loss + qf2_loss).backward()
             q_optimizer.step()
 
             # Actor: towards the Boltzmann policy of the critics
-            with torch.no_grad():
-                min_q = torch.minimum(*(q(batch.obs) for q in critics))  # (B, n)
-                log_nq = log_q(batch.obs) + math.log(n)  # relative to the uniform policy, for which it is 0
-            log_pi = F.log_softmax(actor(batch.obs), dim=1)  # (B, n)
-            pi_loss = actor_loss(log_pi, log_nq, min_q, alpha)
+            pi_loss, log_pi, log_nq = compute_actor_loss(batch, actor, critics, log_q, alpha)
             actor_optimizer.zero_grad()
             pi_loss.backward()
             actor_optimizer.step()
@@ -395,7 +425,7 @@ def train(args: Args) -> Path:
             if args.anneal:
                 p = args.p_start + (args.p_end - args.p_start) * min(1.0, global_step / anneal_timesteps)  # line 15
                 target_entropy = exploit_entropy(p, n)
-            pi, log_pi = log_pi.detach().exp(), log_pi.detach()
+            pi = log_pi.exp()
             relative_entropy = -(pi * (log_pi - log_nq)).sum(1).mean()  # log n - KL(pi || q): H if q is uniform
             if args.autotune:
                 alpha_loss = temperature_loss(log_alpha, relative_entropy, target_entropy)

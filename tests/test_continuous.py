@@ -3,6 +3,7 @@
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -84,7 +85,9 @@ def test_losses_and_gradients_stay_finite_at_the_bounds():
             actor.network[-1].bias[:2] = shift  # means far outside: |action| is at its bound to the last bit
         action, log_pi, _ = actor.sample(obs)
         assert (action.abs() <= np.float32(0.4)).all()
-        loss = klac.actor_loss(log_pi, 0.0, action.sum(1), torch.tensor(1.0))
+        critics = [lambda x: x[:, -2:].sum(1, keepdim=True)] * 2
+        batch = SimpleNamespace(obs=obs)
+        loss, _, _ = klac.actor_loss(batch, actor, critics, lambda obs, u: 0.0, 0.0, torch.tensor(1.0))
         actor.zero_grad()
         loss.backward()
         assert torch.isfinite(log_pi).all()
@@ -143,11 +146,14 @@ def test_td_target_matches_a_loop(module):
 
 
 def test_actor_losses_are_means_of_the_plain_formula():
-    log_pi, log_vq, min_q = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.5]), torch.tensor([3.0, 1.0])
-    assert klac.actor_loss(log_pi, log_vq, min_q, torch.tensor(0.2)).item() == pytest.approx(
-        ((0.2 * 0.5 - 3) + (0.2 * 2.5 - 1)) / 2
-    )
-    assert sac.actor_loss(log_pi, min_q, torch.tensor(0.2)).item() == pytest.approx(((0.2 - 3) + (0.4 - 1)) / 2)
+    u, min_q = torch.tensor([[0.1], [0.2]]), torch.tensor([[3.0], [1.0]])
+    actor = SimpleNamespace(sample=lambda obs: (torch.tanh(u), torch.tensor([1.0, 2.0]), u))
+    batch, critics = SimpleNamespace(obs=torch.zeros(2, 3)), [lambda x: min_q, lambda x: min_q + 1]
+    loss, log_pi, log_vq = klac.actor_loss(batch, actor, critics, lambda obs, u: 5 * u[:, 0], 0.5, torch.tensor(0.2))
+    assert (log_pi.tolist(), log_vq.tolist()) == ([1, 2], pytest.approx([1.0, 1.5]))
+    assert loss.item() == pytest.approx(((0.2 * (1 - 1) - 3) + (0.2 * (2 - 1.5) - 1)) / 2)
+    loss, log_pi = sac.actor_loss(batch, actor, critics, torch.tensor(0.2))
+    assert loss.item() == pytest.approx(((0.2 - 3) + (0.4 - 1)) / 2)
 
 
 @pytest.mark.parametrize("module", BOTH)

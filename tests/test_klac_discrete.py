@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -94,8 +95,12 @@ def test_actor_loss_matches_a_loop_and_its_gradient_a_finite_difference():
         return total / 5
 
     parameter = logits.clone().requires_grad_()
-    loss = klac.actor_loss(torch.log_softmax(parameter, 1), log_q, min_q, torch.tensor(0.3, dtype=torch.float64))
+    critics = [lambda obs: torch.maximum(min_q, min_q + 1), lambda obs: min_q]
+    parts = SimpleNamespace(obs=torch.zeros(5, 3)), lambda obs: parameter, critics, lambda obs: log_q - math.log(4)
+    loss, log_pi, log_nq = klac.actor_loss(*parts, torch.tensor(0.3, dtype=torch.float64))
     loss.backward()
+    assert not log_pi.requires_grad
+    torch.testing.assert_close((log_pi, log_nq), (torch.log_softmax(logits, 1), log_q))
     assert loss.item() == pytest.approx(by_hand(logits.tolist()))
 
     def flat(x):

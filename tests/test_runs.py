@@ -385,7 +385,8 @@ def test_two_tracked_runs_of_one_process_stay_apart(scalars):
     wandb.finish()
     histories = [history_of(offline_run) for offline_run in Path("wandb").glob("offline-run-*")]
     counts = {description.display_name: counts for counts, description in histories}
-    assert len(histories) == 2 and counts.keys() == {path.name for path in run_dirs}
+    assert len(histories) == 2
+    assert counts.keys() == {path.name for path in run_dirs}
     for run_dir in run_dirs:
         logged = {tag: len(values) for tag, values in scalars(run_dir).items()}
         assert {tag: counts[run_dir.name][tag] for tag in logged} == logged
