@@ -13,11 +13,13 @@ import copy
 import difflib
 import json
 import math
+import os
 import random
+import signal
 import sys
 import time
 from collections import deque, namedtuple
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -36,6 +38,12 @@ class Args:
     """name of this experiment, part of the run's name"""
     run_name: str | None = None
     """folder of this run under runs/ (default: {env_id}__{exp_name}__{seed}__{timestamp})"""
+    resume: bool = False
+    """go on from the last checkpoint, if there is one (without --run-name: of the latest run of this task and seed)"""
+    checkpoint_interval: int = 100_000
+    """steps between two checkpoints, each written at the end of an episode"""
+    evaluate: str | None = None
+    """train nothing, but play --eval-episodes episodes of this run (its folder), deterministic and stochastic"""
     seed: int = 1
     """seed of the weights, the actions, the replay samples and every episode"""
     torch_deterministic: bool = True
@@ -117,7 +125,7 @@ def check_args(args: Args, env: gym.Env) -> None:
         raise UsageError(f"--env-id {args.env_id}: observations must be flat (one dimension), not {obs_space}")
     total = args.total_timesteps
     positive = "total_timesteps buffer_size batch_size policy_frequency target_network_frequency "
-    positive += "policy_lr q_lr log_interval eval_episodes exploit_radius"
+    positive += "policy_lr q_lr log_interval checkpoint_interval eval_episodes exploit_radius"
     rules = [(x, 0 < getattr(args, x) < 2**62, "positive") for x in positive.split()]
     rules += [
         ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
@@ -216,6 +224,17 @@ class ReplayBuffer:
         batch = Batch(*(torch.as_tensor(column[i], device=self.device) for column in self.columns))
         return batch._replace(obs=preprocess(batch.obs), next_obs=preprocess(batch.next_obs))
 
+    def state_dict(self) -> dict:
+        """The transitions held, by column, and the number added so far: what a checkpoint stores."""
+        filled = min(self.added, self.capacity)
+        return {"added": self.added, "columns": [torch.from_numpy(column[:filled]) for column in self.columns]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes over what `state_dict` of a buffer of the same capacity returned."""
+        self.added = state["added"]
+        for column, saved in zip(self.columns, state["columns"], strict=True):
+            column[: len(saved)] = saved.numpy()
+
 
 def box_log_volume(box: gym.spaces.Box) -> float:
     """log vol of the action box: the entropy of the uniform policy, in nats."""
@@ -247,13 +266,63 @@ def temperature_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entr
     return log_alpha.exp() * (entropy - target_entropy).detach()
 
 
-def start_logging(args: Args, algorithm: str) -> tuple[Path, SummaryWriter]:
-    """Makes the run's folder, writes args.json, and opens TensorBoard and, with --track, W&B."""
+def check_finite(name: str, loss: torch.Tensor, step: int, saved_step: int) -> None:
+    """Raises FloatingPointError if the loss is not finite."""
+    if not math.isfinite(loss.item()):
+        last = f"the last checkpoint is of step {saved_step}" if saved_step else "there is no checkpoint yet"
+        raise FloatingPointError(f"{name} is {loss.item()} at step {step}; {last}")
+
+
+def save(state: dict, path: Path) -> None:
+    """Writes `state` to `path`, whole or not at all: then, on a full disk for instance, it raises OSError."""
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path}: not written: {error}") from error
+
+
+def load(run_dir: Path) -> dict | None:
+    """What `save` last wrote of a run: its actor if it is finished, else its checkpoint; None before the first. A file
+    from a stranger can run no code. Raises UsageError if the file is damaged."""
+    for path in (run_dir / "actor.pt", run_dir / "checkpoint.pt"):
+        if path.exists():
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:  # torch raises a different error for each damage
+                raise UsageError(f"{path}: damaged; without it the run starts afresh: {error!s:.150}") from error
+    return None
+
+
+def find_run(args: Args) -> tuple[Path, dict | None]:
+    """The run's folder and, with --resume, what was saved there. Raises UsageError if other flags began it."""
+    name = f"{args.env_id.split('/')[-1].split(':')[-1]}__{args.exp_name}__{args.seed}__"
+    earlier = sorted(path.name for path in Path("runs").glob("*") if path.name.rpartition("__")[0] + "__" == name)
+    latest = earlier[-1] if args.resume and earlier else f"{name}{time.time_ns() // 1000}"
+    run_dir = Path("runs", args.run_name or latest)
+    state = load(run_dir) if args.resume else None
+    may_change = "run_name resume checkpoint_interval eval_episodes capture_video track wandb_project_name wandb_entity"
+    for name, value in asdict(args).items() if state else ():
+        before = state["args"].get(name)
+        if value != before and name not in may_change.split() and not (name == "total_timesteps" and value > before):
+            raise UsageError(f"--resume: {run_dir} was started with --{name.replace('_', '-')} {before}, not {value}")
+    if state and "step" not in state and args.total_timesteps > state["args"]["total_timesteps"]:
+        raise UsageError(f"--total-timesteps {args.total_timesteps}: {run_dir} is finished, and its checkpoint is gone")
+    return run_dir, state
+
+
+def start_logging(args: Args, algorithm: str, run_dir: Path, first_step: int) -> SummaryWriter:
+    """Makes the run's folder, writes args.json, and opens TensorBoard and, with --track, W&B; what was logged from
+    `first_step` on, before the run was resumed, is taken back."""
     task = args.env_id.split("/")[-1].split(":")[-1]
-    run_dir = Path("runs", args.run_name or f"{task}__{args.exp_name}__{args.seed}__{time.time_ns() // 1000}")
     config = json.dumps({"algorithm": algorithm, **asdict(args)}, indent=2)
     try:
-        run_dir.mkdir(parents=True)
+        run_dir.mkdir(parents=True, exist_ok=args.resume)
     except OSError as error:
         raise UsageError(f"--run-name {run_dir.name}: must be a new, writable folder: {error}") from error
     if args.track:
@@ -264,29 +333,33 @@ def start_logging(args: Args, algorithm: str) -> tuple[Path, SummaryWriter]:
                 raise UsageError("no login; run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
             labels = {"name": run_dir.name, "group": task, "job_type": algorithm, "tags": [task, algorithm]}
             project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": json.loads(config)}
+            labels |= {"id": run_dir.name, "resume": "allow" if args.resume else "never"}
             wandb.init(**project, **labels, sync_tensorboard=True, save_code=True, reinit="finish_previous")
         except Exception as error:
-            run_dir.rmdir()
+            if not any(run_dir.iterdir()):
+                run_dir.rmdir()
             raise UsageError(f"--track: W&B: {error}") from error
     (run_dir / "args.json").write_text(config + "\n")
-    writer = SummaryWriter(run_dir)
-    writer.add_text("hyperparameters", f"```\n{config}\n```")
-    return run_dir, writer
+    writer = SummaryWriter(run_dir, purge_step=first_step if args.resume else None)
+    if first_step == 0:
+        writer.add_text("hyperparameters", f"```\n{config}\n```")
+    return writer
 
 
 @torch.inference_mode()
-def evaluate(actor: nn.Module, args: Args, device: torch.device, run_dir: Path) -> np.ndarray:
-    """Returns of `args.eval_episodes` episodes of the mean action, each cut at 10,000 steps."""
+def evaluate(actor: nn.Module, args: Args, video: Path, deterministic: bool = True) -> np.ndarray:
+    """Returns of `args.eval_episodes` episodes of the mean action, or of sampled ones, each cut at 10,000 steps."""
     env = gym.wrappers.TimeLimit(make_env(args.env_id, args.capture_video), 10_000)
     if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "eval"), video_length=300, gc_trigger=None)
+        env = gym.wrappers.RecordVideo(env, str(video), video_length=300, gc_trigger=None)
     rng = np.random.default_rng([args.seed, 1])  # not the run's own generator: an evaluation changes nothing in a run
-    returns = np.zeros(args.eval_episodes)
+    returns, device = np.zeros(args.eval_episodes), next(actor.parameters()).device
     for episode in range(args.eval_episodes):
         (obs, _), done = env.reset(seed=int(rng.integers(2**31))), False
         while not done:
-            mean, _ = actor(preprocess(torch.as_tensor(obs[None], device=device)))
-            action = actor.squash(mean)[0].cpu().numpy().clip(env.action_space.low, env.action_space.high)
+            x = preprocess(torch.as_tensor(obs[None], device=device))
+            action = actor.squash(actor(x)[0]) if deterministic else actor.sample(x)[0]
+            action = action[0].cpu().numpy().clip(env.action_space.low, env.action_space.high)
             obs, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += reward
             done = terminated or truncated
@@ -294,10 +367,34 @@ def evaluate(actor: nn.Module, args: Args, device: torch.device, run_dir: Path) 
     return returns
 
 
-def train(args: Args) -> Path:
-    """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work."""
+def evaluate_run(args: Args) -> None:
+    """Prints the returns of a saved run's policy, deterministic and stochastic, each with its 95% normal interval."""
+    run_dir = Path(args.evaluate)
+    state = load(run_dir)
+    if state is None:
+        raise UsageError(f"--evaluate {run_dir}: must be the folder of a run that has saved a checkpoint or its actor")
+    args = replace(args, env_id=state["args"]["env_id"])
     env = make_env(args.env_id, args.capture_video)
     check_args(args, env)
+    actor = Actor(env.observation_space.shape[0], env.action_space)
+    actor.load_state_dict(state["actor"])
+    for name in ("deterministic", "stochastic"):
+        torch.manual_seed(args.seed)
+        video = run_dir / "videos" / f"evaluate-{name}"
+        returns = evaluate(actor, args, video, name == "deterministic")
+        margin = 1.96 * returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.nan
+        print(f"{run_dir}: {name} return {returns.mean():.2f} +- {margin:.2f} over {len(returns)} episodes")
+
+
+def train(args: Args) -> Path:
+    """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work, and
+    FloatingPointError if a loss is not finite."""
+    env = make_env(args.env_id, args.capture_video)
+    check_args(args, env)
+    run_dir, state = find_run(args)
+    if state and "step" not in state:
+        print(f"{run_dir}: finished already, after {args.total_timesteps} steps")
+        return run_dir
     rng = np.random.default_rng(args.seed)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
@@ -315,7 +412,6 @@ def train(args: Args) -> Path:
     log_alpha = torch.zeros((), requires_grad=True, device=device)
     alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
     target_entropy = -float(d)  # SAC's heuristic, in nats
-    alpha = log_alpha.detach().exp() if args.autotune else torch.tensor(args.alpha, device=device)
     try:
         buffer = ReplayBuffer(args.buffer_size, env.observation_space, env.action_space, device)
     except (MemoryError, ValueError) as error:
@@ -326,13 +422,33 @@ def train(args: Args) -> Path:
         losses = (torch.compile(loss, mode="reduce-overhead") for loss in losses)
     compute_td_target, compute_critic_loss, compute_actor_loss = losses
 
-    run_dir, writer = start_logging(args, algorithm)
-    print(f"{run_dir}: {algorithm} on {args.env_id} ({device})", flush=True)
+    # All that a checkpoint holds besides the counters and the random generators
+    parts = {"actor": actor, "critics": critics, "target_critics": target_critics, "buffer": buffer}
+    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
+    first_step, episode_seed, recent_returns = 0, int(rng.integers(2**31)), deque(maxlen=20)
+    if state:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        log_alpha.data.copy_(state["log_alpha"])
+        first_step, episode_seed = state["step"], state["episode_seed"]
+        recent_returns.extend(state["recent_returns"])
+        rng.bit_generator.state = state["rng"]
+        torch.set_rng_state(state["torch_rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        del state
+    alpha = log_alpha.detach().exp() if args.autotune else torch.tensor(args.alpha, device=device)
+
+    writer = start_logging(args, algorithm, run_dir, first_step)
+    print(f"{run_dir}: {algorithm} on {args.env_id} ({device}), from step {first_step}", flush=True)
     if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "train"), video_length=300, gc_trigger=None)
-    obs, _ = env.reset(seed=int(rng.integers(2**31)))
-    episode_rewards, start_value, recent_returns, start_time = [], None, deque(maxlen=20), time.time()
-    steps = tqdm(range(args.total_timesteps), unit="step", dynamic_ncols=True, disable=None)
+        clips = {"name_prefix": f"from-step-{first_step}", "video_length": 300, "gc_trigger": None}
+        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "train"), **clips)
+    obs, _ = env.reset(seed=episode_seed)
+    episode_rewards, start_value = [], None
+    saved_step, next_checkpoint = first_step, first_step + args.checkpoint_interval
+    timed_step, start_time = max(first_step, args.learning_starts), time.time()
+    steps = range(first_step, args.total_timesteps)
+    steps = tqdm(steps, initial=first_step, total=args.total_timesteps, unit="step", dynamic_ncols=True, disable=None)
     for global_step in steps:
         # Act: at random during the warm-up, then from the policy
         if global_step < args.learning_starts:
@@ -359,7 +475,8 @@ def train(args: Args) -> Path:
                 discounted_return = sum(args.gamma**t * r for t, r in enumerate(episode_rewards))
                 writer.add_scalar("charts/q_minus_return", start_value - discounted_return, global_step)
             recent_returns.append(sum(episode_rewards))
-            obs, _ = env.reset(seed=int(rng.integers(2**31)))
+            episode_seed = int(rng.integers(2**31))
+            obs, _ = env.reset(seed=episode_seed)
             episode_rewards, start_value = [], None
 
         if global_step > args.learning_starts:
@@ -374,6 +491,7 @@ def train(args: Args) -> Path:
             q_optimizer.zero_grad()
             (qf1_loss + qf2_loss).backward()
             q_optimizer.step()
+            check_finite("qf_loss", qf1_loss + qf2_loss, global_step, saved_step)
 
             for _ in range(args.policy_frequency if global_step % args.policy_frequency == 0 else 0):
                 # Actor: towards the Boltzmann policy of the critics, whose weights get no gradient
@@ -381,6 +499,7 @@ def train(args: Args) -> Path:
                 actor_optimizer.zero_grad()
                 pi_loss.backward(inputs=list(actor.parameters()))
                 actor_optimizer.step()
+                check_finite("actor_loss", pi_loss, global_step, saved_step)
 
                 # Temperature: hold the entropy at its target
                 entropy = -log_pi.mean()
@@ -394,7 +513,7 @@ def train(args: Args) -> Path:
             if global_step % args.policy_frequency == 0 and global_step % args.log_interval < args.policy_frequency:
                 sigma = actor.scale * actor(batch.obs)[1].detach().exp()  # (B, d), before tanh: approximate at bounds
                 inside = torch.erf(args.exploit_radius / (math.sqrt(2) * sigma)).prod(1).mean()
-                sps = (global_step - args.learning_starts) / (time.time() - start_time)
+                sps = (global_step - timed_step) / (time.time() - start_time)
                 scalars = {"charts/SPS": sps, "losses/qf1_values": q1.mean(), "losses/qf2_values": q2.mean()}
                 scalars |= {"losses/qf1_loss": qf1_loss, "losses/qf2_loss": qf2_loss}
                 scalars |= {"losses/qf_loss": (qf1_loss + qf2_loss) / 2, "losses/actor_loss": pi_loss}
@@ -414,18 +533,50 @@ def train(args: Args) -> Path:
             for parameter, target in zip(critics.parameters(), target_critics.parameters(), strict=True):
                 target.lerp_(parameter.detach(), args.tau)
 
+        # Checkpoint: between two episodes, so that the next one's seed stands for the environment's state
+        if (terminated or truncated) and (stop_signals or global_step + 1 >= next_checkpoint):
+            next_checkpoint = global_step + 1 + args.checkpoint_interval
+            state = {name: part.state_dict() for name, part in parts.items()} | {"log_alpha": log_alpha.detach()}
+            state |= {"rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state()}
+            state |= {"cuda_rng": torch.cuda.get_rng_state_all(), "recent_returns": list(recent_returns)}
+            state |= {"args": asdict(args), "step": global_step + 1, "episode_seed": episode_seed}
+            writer.flush()
+            try:
+                save(state, run_dir / "checkpoint.pt")
+                saved_step = global_step + 1
+            except OSError as error:  # the one before is still there
+                print(f"step {global_step}: {error}", file=sys.stderr, flush=True)
+            if stop_signals:
+                writer.close()
+                print(f"{run_dir}: stopped; the same command with --resume goes on from step {saved_step}", flush=True)
+                sys.exit(128 + stop_signals[0])
+
     env.close()
-    torch.save({"args": asdict(args), "actor": actor.state_dict()}, run_dir / "actor.pt")
-    returns = evaluate(actor, args, device, run_dir)
+    returns = evaluate(actor, args, run_dir / "videos" / "eval")
     writer.add_scalar("eval/episodic_return", returns.mean(), args.total_timesteps)
     print(f"{run_dir}: deterministic return {returns.mean():.2f} +- {returns.std():.2f} over {len(returns)} episodes")
     writer.close()
+    save({"args": asdict(args), "actor": actor.state_dict()}, run_dir / "actor.pt")
+    (run_dir / "checkpoint.pt").unlink(missing_ok=True)
     return run_dir
 
 
+stop_signals = []
+
+
+def stop(number: int, _) -> None:
+    """Handles SIGINT and SIGTERM: the run saves itself at the end of the episode. A second signal ends it at once."""
+    stop_signals.append(number)
+    signal.signal(number, signal.SIG_DFL)
+    print("stopping at the end of this episode; once more to stop now", file=sys.stderr, flush=True)
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
-        train(tyro.cli(Args))
-    except UsageError as error:
+        args = tyro.cli(Args)
+        evaluate_run(args) if args.evaluate else train(args)
+    except (UsageError, FloatingPointError, OSError) as error:
         print(" ".join(f"{Path(__file__).name}: {error}".split()), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -43,6 +43,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))]
 # Runs may differ in these and still be seeds of one experiment
 FREE = {"seed", "run_name", "exp_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "cuda"}
+FREE |= {"compile", "resume", "checkpoint_interval", "evaluate", "eval_episodes"}
 
 
 @dataclass

@@ -1,4 +1,7 @@
 import os
+import runpy
+import sys
+from pathlib import Path
 
 os.environ["WANDB_MODE"] = "offline"  # no test may reach out; the login test overrides this
 
@@ -7,6 +10,20 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tests.envs
+
+ROOT = Path(__file__).parent.parent
+
+
+def main(name, *flags, monkeypatch, capsys):
+    """Runs the script as `python NAME.py *flags` in this process: (exit code, standard output, errors)."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+    try:
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +43,8 @@ def scalars():
         return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
     return read
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    return lambda name, *flags: main(name, *flags, monkeypatch=monkeypatch, capsys=capsys)

@@ -133,6 +133,13 @@ class Drift(gym.Env):
         return np.array([self.x, 1.0, self.np_random.random()]), self.x, abs(self.x) > 2, False, {}
 
 
+class Endless(OneStep):
+    """One episode without an end."""
+
+    def __init__(self):
+        super().__init__(ending=None)
+
+
 class Strange(gym.Env):
     """Spaces that no script accepts."""
 
@@ -160,6 +167,7 @@ def register() -> None:
     gym.register("Point-v0", Point, max_episode_steps=20)
     gym.register("Drift-v0", Drift, max_episode_steps=8)
     gym.register("Walk-v0", Walk, max_episode_steps=8)
+    gym.register("Endless-v0", Endless)
     gym.register("TwoDimensional-v0", Strange, kwargs={"obs": gym.spaces.Box(-1, 1, (2, 2))})
     gym.register("TinyImage-v0", Strange, kwargs={"obs": gym.spaces.Box(0, 255, (2, 2, 3), np.uint8)})
     gym.register("ChannelsFirst-v0", Strange, kwargs={"obs": gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)})
@@ -177,3 +185,6 @@ def register() -> None:
     image = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
     gym.register("ContinuousImage-v0", Strange, kwargs={"obs": image, "action": box})
     gym.register("MultiDiscrete-v0", Strange, kwargs={"action": gym.spaces.MultiDiscrete([2, 2])})
+
+
+register()  # so that `--env-id tests.envs:Walk-v0` finds them

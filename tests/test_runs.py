@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import pty
-import runpy
 import shutil
 import struct
 import subprocess
@@ -24,6 +23,7 @@ import wandb
 import wandb.proto.wandb_internal_pb2 as wandb_records
 
 import klac_discrete
+from tests.conftest import main
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "klac_discrete.py"  # where the scripts share the code, one of them stands for all (see test_family.py)
@@ -39,26 +39,9 @@ SHORT = ["--total-timesteps", "400", "--learning-starts", "100", "--target-netwo
 SHORT += ["--log-interval", "50", "--eval-episodes", "2", "--batch-size", "64", "--buffer-size", "1000"]
 
 
-def main(name, *flags, monkeypatch, capsys):
-    """Runs the script as `python NAME.py *flags` in this process: (exit code, standard output, errors)."""
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
-    try:
-        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 @pytest.fixture
 def run(monkeypatch, capsys):
     return lambda *flags: main("klac_discrete", *flags, monkeypatch=monkeypatch, capsys=capsys)
-
-
-@pytest.fixture
-def run_script(monkeypatch, capsys):
-    return lambda name, *flags: main(name, *flags, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def actor_of(run_dir):

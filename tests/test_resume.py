@@ -1,0 +1,345 @@
+"""Runs that are killed, stopped or damaged go on as if nothing had happened, or say why they cannot."""
+
+import contextlib
+import importlib
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import klac_continuous
+import klac_discrete
+import sac_discrete
+from tests.test_runs import SCRIPTS, history_of
+
+ROOT = Path(__file__).parent.parent
+TINY = {"learning_starts": 100, "log_interval": 20, "eval_episodes": 2, "batch_size": 16, "buffer_size": 700}
+TINY |= {"total_timesteps": 800, "checkpoint_interval": 40, "target_network_frequency": 50}
+FLAGS = [part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def in_a_child(function, kill_when=lambda: False):
+    """Runs `function` in a forked process, killed when `kill_when()` is true: its exit code, negative for a signal."""
+    time.sleep(1.01 - time.time() % 1)  # TensorBoard orders a run's files by the second that they were opened in
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            with open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), 1)
+                os.dup2(nothing.fileno(), 2)
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if kill_when():
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.002)
+
+
+def same_run(scalars, one, other):
+    """Two runs ended with the same weights and logged the same scalars, to the bit, but for the speed."""
+    actors = [torch.load(run_dir / "actor.pt", weights_only=True)["actor"] for run_dir in (one, other)]
+    assert all(torch.equal(actors[0][name], actors[1][name]) for name in actors[0])
+    logged = [scalars(run_dir) for run_dir in (one, other)]
+    assert logged[0].keys() == logged[1].keys()
+    for tag in logged[0].keys() - {"charts/SPS"}:
+        np.testing.assert_array_equal(logged[0][tag], logged[1][tag], tag)
+    assert [step for step, _ in logged[0]["charts/SPS"]] == [step for step, _ in logged[1]["charts/SPS"]]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(scalars, name):
+    module, env_id = importlib.import_module(name), SCRIPTS[name][0]
+    whole = module.train(module.Args(env_id=env_id, run_name="whole", **TINY))
+    args = module.Args(env_id=env_id, run_name="killed", resume=True, **TINY)
+    rng, codes, first_steps = random.Random(name), [], []
+    while not codes or codes[-1] != 0:
+        state = module.load(Path("runs/killed"))
+        first_steps.append(state["step"] if state else 0)
+        moment = time.monotonic() + 1 + rng.uniform(0.05, 0.3 + 0.15 * len(codes))
+        codes.append(in_a_child(lambda: module.train(args), lambda moment=moment: time.monotonic() > moment))
+        assert codes[-1] in (0, -signal.SIGKILL)
+    print(f"{name}: resumed from {first_steps}")
+    assert len(set(first_steps)) > 2  # killed often enough to mean something
+    same_run(scalars, whole, Path("runs/killed"))
+    assert sorted(path.name for path in Path("runs/killed").iterdir() if "tfevents" not in path.name) == sorted(
+        path.name for path in whole.iterdir() if "tfevents" not in path.name
+    )
+
+
+def test_a_run_killed_while_it_writes_a_checkpoint_keeps_the_one_before(scalars, monkeypatch):
+    whole = sac_discrete.train(sac_discrete.Args(env_id="Walk-v0", run_name="whole", **TINY))
+    args = sac_discrete.Args(env_id="Walk-v0", run_name="killed", resume=True, **TINY)
+
+    def train_and_die_in_save(number):
+        real, calls = torch.save, []
+
+        def save(state, file):
+            calls.append(0)
+            if len(calls) == number:
+                file.write(b"half of a checkpoint")
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(state, file)
+
+        monkeypatch.setattr(torch, "save", save)
+        sac_discrete.train(args)
+
+    for number, step in ((1, None), (3, 80), (2, 120)):
+        assert in_a_child(lambda n=number: train_and_die_in_save(n)) == -signal.SIGKILL
+        assert Path("runs/killed/checkpoint.partial").read_bytes() == b"half of a checkpoint"
+        state = sac_discrete.load(Path("runs/killed"))
+        assert (state is None) if step is None else state["step"] >= step
+    assert in_a_child(lambda: sac_discrete.train(args)) == 0
+    same_run(scalars, whole, Path("runs/killed"))
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(scalars):
+    whole = sac_discrete.train(sac_discrete.Args(env_id="Walk-v0", run_name="whole", **TINY))
+    args = sac_discrete.Args(env_id="Walk-v0", run_name="full", **TINY)
+    errors = Path("errors")
+
+    def train_on_a_full_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # a checkpoint is larger, all else is smaller
+        with errors.open("w") as file, contextlib.redirect_stderr(file):
+            sac_discrete.train(args)
+
+    assert in_a_child(train_on_a_full_disk) == 0
+    assert errors.read_text().count("runs/full/checkpoint.pt: not written") in range(10, 20)
+    assert not list(Path("runs/full").glob("checkpoint*"))
+    same_run(scalars, whole, Path("runs/full"))
+
+
+def test_a_stopped_script_saves_itself_and_says_how_to_go_on(scalars):
+    flags = TINY | {"total_timesteps": 4000, "checkpoint_interval": 10**6, "anneal": False, "run_name": "whole"}
+    whole = klac_continuous.train(klac_continuous.Args(env_id="tests.envs:Drift-v0", **flags))
+    command = [sys.executable, str(ROOT / "klac_continuous.py"), "--env-id", "tests.envs:Drift-v0", *FLAGS]
+    command += ["--total-timesteps", "4000", "--checkpoint-interval", "1000000", "--no-anneal"]
+    command += ["--run-name", "stopped", "--resume"]
+    setting = {"env": os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, "text": True}
+    step = 0
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **setting)
+        assert f"from step {step}" in process.stdout.readline()
+        time.sleep(1)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        assert "once more to stop now" in err
+        before, step = step, klac_continuous.load(Path("runs/stopped"))["step"]
+        assert before < step < 4000
+        assert f"the same command with --resume goes on from step {step}\n" in out
+    finished = subprocess.run(command, **setting, capture_output=True, check=False)
+    assert f"from step {step}" in finished.stdout
+    same_run(scalars, whole, Path("runs/stopped"))
+    again = subprocess.run(command, **setting, capture_output=True, check=False)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout == "runs/stopped: finished already, after 4000 steps\n"
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    flags = ["--env-id", "tests.envs:Endless-v0", "--run-name", "endless"]
+    setting = {"env": os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, "text": True}
+    command = [sys.executable, str(ROOT / "sac_discrete.py"), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **setting)
+    assert "from step 0" in process.stdout.readline()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # the episode has no end
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT  # a shell calls that 130
+
+
+def unfinished(module, **flags):
+    """A run that was killed at its second checkpoint, and its arguments."""
+    args = module.Args(**(TINY | {"env_id": "Walk-v0", "run_name": "unfinished", "resume": True} | flags))
+    real, saved = module.save, []
+
+    def save(state, path):
+        real(state, path)
+        saved.append(path)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    module.save = save
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            module.train(args)
+    finally:
+        module.save = real
+    return args
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(run_script):
+    unfinished(sac_discrete)
+    path = Path("runs/unfinished/checkpoint.pt")
+    path.write_bytes(path.read_bytes()[:5000])
+    before = {file: file.read_bytes() for file in path.parent.iterdir()}
+    code, _, err = run_script("sac_discrete", "--env-id", "Walk-v0", "--run-name", "unfinished", "--resume", *FLAGS)
+    assert code == 2
+    assert err.startswith("sac_discrete.py: runs/unfinished/checkpoint.pt: damaged; without it the run starts afresh")
+    assert err.count("\n") == 1
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
+
+
+class Malice:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate", "--reference"])
+def test_a_file_from_a_stranger_runs_no_code(run_script, flag):
+    folder = Path("runs/strange")
+    folder.mkdir(parents=True)
+    for write in (torch.save, lambda state, path: path.write_bytes(pickle.dumps(state))):
+        write({"args": {}, "actor": Malice(), "step": 1}, folder / "actor.pt")
+        flags = [flag] if flag == "--resume" else [flag, str(folder)]
+        code, _, err = run_script("klac_discrete", "--env-id", "Walk-v0", "--run-name", "strange", *flags)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "actor.pt" in err
+        assert not Path("owned").exists()
+    pickle.loads(pickle.dumps(Malice()))  # the file would have done it
+    assert Path("owned").exists()
+
+
+def test_changed_flags_are_refused_by_name(run_script):
+    unfinished(klac_discrete, anneal=True)
+    flags = ["--env-id", "Walk-v0", "--run-name", "unfinished", "--resume", *FLAGS]
+    for change, words in (
+        (["--gamma", "0.9"], "--gamma 0.99, not 0.9"),
+        (["--no-bias"], "--bias True, not False"),
+        (["--total-timesteps", "700"], "--total-timesteps 800, not 700"),
+        (["--total-timesteps", "3000"], "--anneal-timesteps 800, not 3000"),
+    ):
+        code, _, err = run_script("klac_discrete", *flags, *change)
+        assert (code, err.count("\n")) == (2, 1), change
+        assert err.startswith("klac_discrete.py: --resume: runs/unfinished was started with "), err
+        assert err.rstrip().endswith(words)
+    code, _, err = run_script("klac_discrete", *flags, "--eval-episodes", "1", "--checkpoint-interval", "700")
+    assert (code, err) == (0, "")
+    code, _, err = run_script("klac_discrete", *flags, "--total-timesteps", "3000", "--anneal-timesteps", "800")
+    assert code == 2
+    assert "finished" in err
+
+
+@pytest.mark.parametrize(("module", "flags"), [(sac_discrete, {}), (klac_discrete, {"anneal_timesteps": 700})])
+def test_a_run_may_be_lengthened_where_the_schedule_stays(scalars, module, flags):
+    args = unfinished(module, **flags)
+    args.total_timesteps = 1200
+    time.sleep(1)
+    lengthened = module.train(args)
+    args.run_name, args.resume = "long", False
+    same_run(scalars, module.train(args), lengthened)
+
+
+def test_resume_without_a_name_finds_the_latest_run_and_starts_afresh_without_a_checkpoint(scalars, capsys):
+    args = sac_discrete.Args(env_id="Walk-v0", resume=True, **TINY | {"checkpoint_interval": 10**6})
+    assert in_a_child(lambda: sac_discrete.train(args), lambda: any(Path().glob("runs/*/args.json"))) == -signal.SIGKILL
+    (killed,) = Path("runs").iterdir()
+    args.checkpoint_interval = 40
+    time.sleep(1)
+    finished = sac_discrete.train(args)
+    assert finished == killed
+    assert "from step 0" in capsys.readouterr().out
+    assert sac_discrete.train(args) == killed  # finished: nothing to do
+    args.resume = False
+    fresh = sac_discrete.train(args)
+    assert fresh != killed
+    same_run(scalars, fresh, finished)
+    args.resume, args.seed = True, 2
+    assert sac_discrete.train(args) not in (fresh, killed)
+
+
+def test_logged_twice_is_read_once(scalars):
+    """The events that a killed run wrote after its last checkpoint are purged by TensorBoard's own reader."""
+    args = unfinished(sac_discrete)
+    time.sleep(1)
+    step = sac_discrete.load(Path("runs/unfinished"))["step"]
+    run_dir = sac_discrete.train(args)
+    files = [EventAccumulator(str(file)).Reload() for file in sorted(run_dir.glob("*tfevents*"))]
+    assert len(files) == 2
+    assert min(event.step for event in files[1].Scalars("charts/episodic_return")) >= step
+    steps = [s for s, _ in scalars(run_dir)["charts/episodic_return"]]
+    assert steps == sorted(set(steps))
+
+
+def test_a_resumed_run_is_one_run_in_wandb():
+    def tracked():
+        sac_discrete.train(unfinished(sac_discrete, track=True))
+        wandb.finish()
+
+    assert in_a_child(tracked) == 0  # wandb patches the process that it runs in
+    runs = [history_of(folder)[1] for folder in Path("wandb").glob("offline-run-*")]
+    assert len(runs) == 2
+    assert {run.run_id for run in runs} == {"unfinished"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run_script):
+    class Broken(gym.Wrapper):
+        steps = 0
+
+        def step(self, action):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            self.steps += 1
+            return obs, float("nan") if self.steps > 300 else reward, terminated, truncated, info
+
+    gym.register("Broken-v0", lambda: Broken(gym.make("Walk-v0")))
+    try:
+        code, _, err = run_script("sac_discrete", "--env-id", "Broken-v0", "--run-name", "broken", *FLAGS)
+    finally:
+        del gym.registry["Broken-v0"]
+    assert (code, err.count("\n")) == (1, 1)
+    step = torch.load("runs/broken/checkpoint.pt", weights_only=True)["step"]
+    assert 200 < step <= 400
+    assert err.startswith("sac_discrete.py: qf_loss is nan at step 3")
+    assert err.endswith(f"the last checkpoint is of step {step}\n")
+    assert not Path("runs/broken/actor.pt").exists()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_saved_run_is_evaluated_from_its_folder_alone(run_script, capsys, name):
+    module = importlib.import_module(name)
+    run_dir = module.train(module.Args(env_id=SCRIPTS[name][1], run_name="it", **TINY | {"total_timesteps": 400}))
+    before = {file: file.read_bytes() for file in run_dir.iterdir()}
+    capsys.readouterr()
+    outputs = [run_script(name, "--evaluate", "runs/it", "--eval-episodes", "3", "--seed", s) for s in (1, 1, 2)]
+    for code, out, err in outputs:
+        assert (code, err) == (0, "")
+        assert [line.split()[:3] for line in out.splitlines()] == [
+            ["runs/it:", "deterministic", "return"],
+            ["runs/it:", "stochastic", "return"],
+        ]
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert {file: file.read_bytes() for file in run_dir.iterdir()} == before
+    code, _, err = run_script(name, "--evaluate", "runs/none")
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_the_interval_of_an_evaluation_is_the_normal_one(run_script, monkeypatch):
+    monkeypatch.setattr(klac_discrete, "evaluate", lambda *a: np.array([1.0, 2.0, 6.0]))
+    Path("runs/it").mkdir(parents=True)
+    actor = klac_discrete.make_network((3,), 3).state_dict()
+    klac_discrete.save({"args": {"env_id": "Walk-v0"}, "actor": actor}, Path("runs/it/actor.pt"))
+    printed = []
+    monkeypatch.setattr("builtins.print", lambda *a, **k: printed.append(a[0]))
+    klac_discrete.evaluate_run(klac_discrete.Args(evaluate="runs/it"))
+    assert printed[0] == "runs/it: deterministic return 3.00 +- 2.99 over 3 episodes"  # 1.96 sqrt(7 / 3)
