@@ -4,10 +4,10 @@
 
 Each contestant runs in a process of its own, as a user runs it: default flags, one environment. It pauses after each
 window of steps until its next turn (A B C A B C ...): a machine whose speed drifts does so for all alike, and no two
-are measured at once. A contestant is pinned to as many cores as it has threads; `2x1` is two processes of one thread,
-each on its own core. Figures are medians over windows of steps that learn.
+are measured at once. A contestant is pinned to as many cores as it has threads; `2x1` is two processes of one thread
+each on a core of its own. Figures are medians over windows of steps that learn.
 
-Peers: Stable-Baselines3 and SBX (JAX), where they are installed (`pip install -e ".[benchmark]"`); for discrete actions,
+Peers: Stable-Baselines3 and SBX (JAX), where installed (`pip install -e ".[benchmark]"`); for discrete actions,
 where neither has SAC, plain_sac_discrete.py, the loop as one would first write it. The floor is an update's 17 matrix
 products of 256 x 256 x 256 alone, with PyTorch's BLAS and with oneDNN.
 """
