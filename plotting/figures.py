@@ -1,0 +1,249 @@
+"""Draws the paper's figures 1 to 6 from finished runs, with their numbers beside them.
+
+    python -m plotting.figures runs/* --out results/figures            all six
+    python -m plotting.figures runs/* --out results/figures --only 1 3
+    python -m plotting.figures --wandb entity/klac --out results/figures
+    python -m plotting.figures --redraw --out results/figures          again, from the tables in --out, without runs
+
+Writes figureN.pdf, .png and .csv, and what all are drawn from: summary.csv (a row a run), curves.csv, and table.md and
+table.csv (a row a task and algorithm). A run's score is the mean of its ten best training episodes; normalised, it is
+(score - random) / (SAC - random) per task. Bands and bars are 95% bootstrap intervals over seeds, stratified by task:
+one seed has none, and those of two or three are too narrow.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import scipy.stats
+import tyro
+
+from plotting.runs import read_folders, read_wandb, tables
+from plotting.statistics import AGGREGATES, interval, normalise, performance_profile, profile_interval
+
+MUJOCO = ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5", "Swimmer-v5"]
+MUJOCO += ["InvertedPendulum-v5", "Reacher-v5"]
+MINATAR = ["Asterix-v1", "Breakout-v1", "Freeway-v1", "Seaquest-v1", "SpaceInvaders-v1"]
+# Okabe and Ito's colours, told apart by the colour-blind; the lines' styles tell them apart in grey
+STYLES = {
+    "SAC": ("#D55E00", "--"),
+    "KLAC": ("#0072B2", "-"),
+    "KLAC-a": ("#009E73", "-."),
+    "KLAC-b": ("#CC79A7", ":"),
+    "KLAC-ab": ("#E69F00", (0, (5, 1))),
+    "SAC-AdaEnt": ("#56B4E9", (0, (1, 1))),
+}
+SMOOTHING = 9  # points of a curve (of 200) that are averaged into one
+
+
+@dataclass
+class Args:
+    runs: Annotated[list[Path], tyro.conf.Positional] = field(default_factory=list)
+    """folders of runs"""
+    out: Path = Path("results/figures")
+    """folder of figures and tables"""
+    only: tuple[Literal[1, 2, 3, 4, 5, 6], ...] = (1, 2, 3, 4, 5, 6)
+    """figures to draw"""
+    wandb: str | None = None
+    """read the runs of this W&B project, entity/project, as well"""
+    unfinished: bool = False
+    """use unfinished and damaged runs too, as far as they go"""
+    redraw: bool = False
+    """draw from the tables in --out"""
+
+
+def algorithms_of(table: pd.DataFrame) -> list[str]:
+    return [name for name in STYLES if name in set(table["algorithm"])]
+
+
+def present(table: pd.DataFrame, tasks: list[str]) -> list[str]:
+    return [task for task in tasks if task in set(table["task"])]
+
+
+def seeds_of(table: pd.DataFrame) -> str:
+    """n=3, or n=2-5 where the tasks have different numbers of seeds."""
+    counts = table.groupby("task")["seed"].nunique()
+    return f"n={counts.min()}" if counts.min() == counts.max() else f"n={counts.min()}-{counts.max()}"
+
+
+def curve(curves: pd.DataFrame, task: str, algorithm: str, quantity: str) -> pd.DataFrame:
+    """Mean over seeds of the smoothed curves, its interval and their standard deviation, a row a step."""
+    rows = curves[(curves["task"] == task) & (curves["algorithm"] == algorithm)]
+    seeds = rows.pivot(index="step", columns="seed", values=quantity).interpolate(limit_area="inside")
+    seeds = seeds.rolling(SMOOTHING, center=True, min_periods=1).mean().dropna(how="any")
+    low, high = interval([seeds.to_numpy()], np.mean) if len(seeds) else (np.nan, np.nan)
+    table = pd.DataFrame({"mean": seeds.mean(axis=1), "low": low, "high": high, "sd": seeds.std(axis=1)})
+    return table.assign(n=seeds.shape[1], task=task, algorithm=algorithm, quantity=quantity).reset_index()
+
+
+def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: str = "interval"):
+    """A panel a (task, quantity); a line an algorithm, with its interval or its standard deviation."""
+    names = {"return": "episodic return", "q": "mean Q of a batch", "entropy": "entropy (nats)"}
+    size = (max(2.2 * len(grid[0]), 3.4), 2.0 * len(grid) + 0.4)
+    figure, axes = plt.subplots(len(grid), len(grid[0]), figsize=size, squeeze=False, layout="constrained")
+    numbers = []
+    for axis in axes.flat[sum(map(len, grid)) :]:
+        axis.axis("off")
+    for row, panels in enumerate(grid):
+        for column, (task, quantity) in enumerate(panels):
+            axis = axes[row, column]
+            here = curves[(curves["task"] == task) & curves[quantity].notna()]
+            for algorithm in algorithms_of(here):
+                table = curve(curves, task, algorithm, quantity)
+                numbers.append(table)
+                colour, line = STYLES[algorithm]
+                x = table["step"] / 1e6
+                axis.plot(x, table["mean"], color=colour, linestyle=line, label=f"{algorithm} (n={table['n'].iloc[0]})")
+                ends = (table["low"], table["high"])
+                if band == "sd":
+                    ends = (table["mean"] - table["sd"], table["mean"] + table["sd"])
+                axis.fill_between(x, *ends, color=colour, alpha=0.2, linewidth=0)
+            axis.set(title=task, ylabel=names[quantity] if column == 0 or panels[column - 1][1] != quantity else None)
+            if row == len(grid) - 1:
+                axis.set_xlabel("environment steps (millions)")
+            axis.set_xlim(left=0)
+            axis.legend(fontsize=6.5, frameon=False)
+    return figure, pd.concat(numbers)
+
+
+def figure_1(summary, curves):
+    """Mean, IQM and median of the normalised scores over the MuJoCo tasks."""
+    scores, left_out = normalise(summary[summary["task"].isin(MUJOCO)])
+    names = [name for name in STYLES if name in scores]
+    figure, axes = plt.subplots(1, 3, figsize=(7.0, 0.45 * len(names) + 1.1), sharey=True, layout="constrained")
+    numbers = []
+    for axis, (statistic, function) in zip(axes, AGGREGATES.items(), strict=True):
+        for place, name in enumerate(names):
+            samples = list(scores[name].values())
+            value, (low, high) = float(function(*samples)), interval(samples, function)
+            colour = STYLES[name][0]
+            axis.plot([low, high], [place, place], color=colour, linewidth=7, alpha=0.35, solid_capstyle="butt")
+            axis.plot(value, place, marker="o", color=colour)
+            runs = sorted(len(sample) for sample in samples)
+            numbers.append({"algorithm": name, "statistic": statistic, "value": value, "low": low, "high": high})
+            numbers[-1] |= {"tasks": len(samples), "fewest_runs": runs[0], "most_runs": runs[-1]}
+        axis.set(title=statistic, xlabel="score normalised by SAC")
+        axis.axvline(1, color="0.7", linewidth=0.8, zorder=0)
+    shown = summary[summary["task"].isin(MUJOCO) & ~summary["task"].isin(left_out)]
+    counts = {name: f"{len(scores[name])} of 8 tasks, {seeds_of(shown[shown['algorithm'] == name])}" for name in names}
+    labels = [f"{name} ({counts[name]})" for name in names]
+    axes[0].set_yticks(range(len(names)), labels)
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    return figure, pd.DataFrame(numbers)
+
+
+def figure_2(summary, curves):
+    """Asterix and Breakout: returns above, Q values below."""
+    tasks = present(summary, MINATAR[:2])
+    return draw_curves(curves, [[(task, quantity) for task in tasks] for quantity in ("return", "q")])
+
+
+def figure_3(summary, curves):
+    """Seaquest: returns left, Q values right."""
+    return draw_curves(curves, [[("Seaquest-v1", "return"), ("Seaquest-v1", "q")]])
+
+
+def figure_4(summary, curves):
+    """Performance profiles of the MinAtar games, against multiples of SAC's mean score."""
+    scores, _ = normalise(summary[summary["task"].isin(MINATAR)])
+    highest = max(x.max() for tasks in scores.values() for x in tasks.values())
+    thresholds = np.linspace(0, 1.05 * highest, 201)
+    figure, axis = plt.subplots(figsize=(4.2, 2.9), layout="constrained")
+    numbers = []
+    for name in [name for name in STYLES if name in scores]:
+        samples = list(scores[name].values())
+        share, (low, high) = performance_profile(samples, thresholds), profile_interval(samples, thresholds)
+        n = seeds_of(summary[summary["task"].isin(scores[name]) & (summary["algorithm"] == name)])
+        label = f"{name} ({len(samples)} of {len(MINATAR)} games, {n})"
+        axis.plot(thresholds, share, color=STYLES[name][0], linestyle=STYLES[name][1], label=label)
+        axis.fill_between(thresholds, low, high, color=STYLES[name][0], alpha=0.2, linewidth=0)
+        numbers.append(pd.DataFrame({"threshold": thresholds, "share": share, "low": low, "high": high}))
+        numbers[-1]["algorithm"] = name
+    axis.set(xlabel=r"$\tau$, in multiples of SAC's mean score", ylabel=r"share of runs with a score above $\tau$")
+    axis.legend(fontsize=7, frameon=False)
+    return figure, pd.concat(numbers)
+
+
+def figure_5(summary, curves):
+    """Returns on the five MinAtar games, mean and standard deviation over seeds."""
+    return draw_curves(curves, [[(task, "return") for task in present(summary, MINATAR)]], band="sd")
+
+
+def figure_6(summary, curves):
+    """The batch's mean entropy on the eight MuJoCo tasks."""
+    tasks = present(summary, MUJOCO)
+    rows = [tasks[:4], tasks[4:]] if len(tasks) > 4 else [tasks]
+    return draw_curves(curves, [[(task, "entropy") for task in row] for row in rows])
+
+
+FIGURES = {1: figure_1, 2: figure_2, 3: figure_3, 4: figure_4, 5: figure_5, 6: figure_6}
+NEEDS = {1: MUJOCO, 2: MINATAR[:2], 3: ["Seaquest-v1"], 4: MINATAR, 5: MINATAR, 6: MUJOCO}
+
+
+def table(summary: pd.DataFrame) -> pd.DataFrame:
+    """A row a task and algorithm: the scores' mean, IQM and median over seeds, the mean's interval, and the means of the
+    return of the last 10% of steps and of Q minus return."""
+    rows = []
+    for (task, algorithm), group in summary.groupby(["task", "algorithm"], sort=False):
+        scores = group["score"].to_numpy()
+        low, high = interval([scores], np.mean)
+        row = {"task": task, "algorithm": algorithm, "n": len(group), "steps": group["steps"].min()}
+        row |= {"random": group["random"].mean(), "score": scores.mean(), "low": float(low), "high": float(high)}
+        row |= {"IQM": scipy.stats.trim_mean(scores, 0.25), "median": np.median(scores)}
+        rows.append(row | {name: group[name].mean() for name in ("last_return", "q_minus_return", "alpha")})
+    return pd.DataFrame(rows)
+
+
+def main(args: Args) -> None:
+    if args.redraw:
+        summary, curves = (pd.read_csv(args.out / name) for name in ("summary.csv", "curves.csv"))
+    else:
+        if not args.runs and not args.wandb:
+            raise ValueError("no run given: name folders of runs, --wandb or --redraw")
+        if missing := [str(run) for run in args.runs if not run.is_dir()]:
+            raise ValueError(f"{missing[0]}: not a folder")
+        runs = (read_folders(args.runs) if args.runs else []) + (read_wandb(args.wandb) if args.wandb else [])
+        summary, curves = tables(runs, args.unfinished)
+        args.out.mkdir(parents=True, exist_ok=True)
+        summary.to_csv(args.out / "summary.csv", index=False, float_format="%.5g")
+        curves.to_csv(args.out / "curves.csv", index=False, float_format="%.4g")
+    style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
+    for number in args.only:
+        here = summary[summary["task"].isin(NEEDS[number])]
+        absent = [task for task in NEEDS[number] if task not in set(here["task"])]
+        if number in (1, 4):
+            absent += [f"{task} (by SAC)" for task in normalise(here)[1]]
+        if absent:
+            print(f"figure {number}: no runs of {', '.join(absent)}")
+        if len(absent) == len(NEEDS[number]):
+            continue
+        with plt.rc_context(style):
+            figure, numbers = FIGURES[number](summary, curves)
+            for suffix in ("pdf", "png"):
+                # no date in the file: drawn again from the same runs, it is the same file
+                metadata = {"CreationDate": None} if suffix == "pdf" else None
+                figure.savefig(args.out / f"figure{number}.{suffix}", dpi=200, metadata=metadata)
+            plt.close(figure)
+        numbers.to_csv(args.out / f"figure{number}.csv", index=False, float_format="%.5g")
+    rows = table(summary)
+    rows.to_csv(args.out / "table.csv", index=False, float_format="%.5g")
+    lines = [list(rows.columns), ["-"] * len(rows.columns)]
+    lines += [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in rows.itertuples(index=False)]
+    markdown = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    (args.out / "table.md").write_text(markdown + "\n")
+    print(markdown)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (ValueError, OSError) as error:
+        print(f"plotting.figures: {error}", file=sys.stderr)
+        sys.exit(2)
