@@ -18,18 +18,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-COLUMNS = {
-    "return": "charts/episodic_return",
-    "length": "charts/episodic_length",
-    "q": "losses/qf1_values",
-    "q_minus_return": "charts/q_minus_return",
-    "alpha": "losses/alpha",
-    "entropy": "policy/entropy",
-    "exploit_probability": "policy/exploit_probability",
-}
-QUANTITIES = {
+from plotting.runs import FREE, QUANTITIES, read_scalars
+
+NAMES = {
     "return": "episodic return",
     "length": "episode length (steps)",
     "q": "mean Q of a batch",
@@ -41,9 +33,6 @@ QUANTITIES = {
 # Okabe and Ito's palette, told apart by the colour-blind, with a line style beside each colour for greyscale
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))]
-# Runs may differ in these and still be seeds of one experiment
-FREE = {"seed", "run_name", "exp_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "cuda"}
-FREE |= {"compile", "resume", "checkpoint_interval", "evaluate", "eval_episodes"}
 
 
 @dataclass
@@ -70,13 +59,13 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
         raise ValueError(f"{run_dir}: not the folder of a finished run: it has no actor.pt")
     args = json.loads((run_dir / "args.json").read_text())
     total = min(args["total_timesteps"], max_steps or math.inf)
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    scalars, _ = read_scalars(run_dir)
     series = {
-        name: pd.Series({e.step: e.value for e in events.Scalars(tag) if e.step < total}, dtype=float)
-        for name, tag in COLUMNS.items()
-        if tag in events.Tags()["scalars"]
+        name: pd.Series(scalars[tag][1], scalars[tag][0], dtype=float)[lambda s: s.index < total]
+        for name, tag in QUANTITIES.items()
+        if tag in scalars
     }
-    if missing := COLUMNS.keys() - series.keys():
+    if missing := QUANTITIES.keys() - series.keys():
         raise ValueError(f"{run_dir}: too short a run: it has no {', '.join(sorted(missing))}")
     labels = {
         "task": args["env_id"].removeprefix("MinAtar/"),
@@ -85,20 +74,20 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
         "seed": args["seed"],
     }
     curves = pd.DataFrame({name: values.groupby(values.index // bin_steps).mean() for name, values in series.items()})
-    curves = curves.assign(step=(curves.index + 1) * bin_steps, **labels)[[*labels, "step", *COLUMNS]]
+    curves = curves.assign(step=(curves.index + 1) * bin_steps, **labels)[[*labels, "step", *QUANTITIES]]
 
-    returns, evaluation = series["return"], events.Scalars("eval/episodic_return")[-1]
-    last = [e for e in events.Scalars(COLUMNS["return"]) if e.step < total][-1]
+    returns, (_, evaluation, _) = series["return"], scalars["eval/episodic_return"]
+    times = scalars[QUANTITIES["return"]][2][: len(returns)]
     summary = labels | {
         "steps": total,
         "random": returns[returns.index < args["learning_starts"]].mean(),
         "last 10%": returns[returns.index >= 0.9 * total].mean(),
         "best 10": returns.nlargest(10).mean(),
-        "argmax": evaluation.value if total == args["total_timesteps"] else math.nan,
+        "argmax": evaluation[-1] if total == args["total_timesteps"] else math.nan,
         "Q": series["q"].iloc[-10:].mean(),
         "Q - return": series["q_minus_return"][lambda s: s.index >= 0.9 * total].mean(),
         "alpha": series["alpha"].iloc[-1],
-        "hours": (last.wall_time - events.Scalars(COLUMNS["return"])[0].wall_time) / 3600,
+        "hours": (times[-1] - times[0]) / 3600,
     }
     return curves, summary, {name: value for name, value in args.items() if name not in FREE}
 
@@ -127,7 +116,7 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], pat
             axis.axhline(random, color="0.5", linewidth=1, label="random policy")
         if quantity == "alpha":
             axis.set_yscale("log")
-        axis.set_ylabel(QUANTITIES[quantity])
+        axis.set_ylabel(NAMES[quantity])
         axis.spines[["top", "right"]].set_visible(False)
         if row == 0:
             axis.set_title(task)

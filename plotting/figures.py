@@ -188,7 +188,7 @@ NEEDS = {1: MUJOCO, 2: MINATAR[:2], 3: ["Seaquest-v1"], 4: MINATAR, 5: MINATAR, 
 
 
 def table(summary: pd.DataFrame) -> pd.DataFrame:
-    """A row a task and algorithm: the scores' mean, IQM and median over seeds, the mean's interval, and the means of the
+    """A row a task and algorithm: the scores' mean, IQM and median over seeds, its interval, and the means of the
     return of the last 10% of steps and of Q minus return."""
     rows = []
     for (task, algorithm), group in summary.groupby(["task", "algorithm"], sort=False):
@@ -202,9 +202,7 @@ def table(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(args: Args) -> None:
-    if args.redraw:
-        summary, curves = (pd.read_csv(args.out / name) for name in ("summary.csv", "curves.csv"))
-    else:
+    if not args.redraw:
         if not args.runs and not args.wandb:
             raise ValueError("no run given: name folders of runs, --wandb or --redraw")
         if missing := [str(run) for run in args.runs if not run.is_dir()]:
@@ -214,6 +212,7 @@ def main(args: Args) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         summary.to_csv(args.out / "summary.csv", index=False, float_format="%.5g")
         curves.to_csv(args.out / "curves.csv", index=False, float_format="%.4g")
+    summary, curves = (pd.read_csv(args.out / name) for name in ("summary.csv", "curves.csv"))
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
     for number in args.only:
         here = summary[summary["task"].isin(NEEDS[number])]

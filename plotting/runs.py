@@ -88,7 +88,8 @@ def read_events(path: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray, np.
             try:
                 event = Event.FromString(view[start : start + length])
             except Exception:  # protobuf raises its own DecodeError: the record, and all after it, is not to be trusted
-                return truncated(scalars, start), purge_step, False
+                end, sound = min(end, start), False
+                break
             if event.HasField("session_log") and event.session_log.status == SessionLog.START:
                 purge_step = event.step
             for value in event.summary.value:

@@ -1,0 +1,338 @@
+"""plotting/: the reader against TensorBoard's, the statistics against rliable's, the figures on real, short runs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import rliable.library
+import rliable.metrics
+import scipy.stats
+import wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+import klac_discrete
+import sac_discrete
+from plotting import figures, runs, statistics
+
+ROOT = Path(__file__).parent.parent
+
+
+def agrees_with_tensorboard(run_dir):
+    scalars, _ = runs.read_scalars(run_dir)
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    assert scalars.keys() == set(events.Tags()["scalars"])
+    for tag, (steps, values, times) in scalars.items():
+        theirs = [(e.step, e.value, e.wall_time) for e in events.Scalars(tag)]
+        assert [*zip(steps.tolist(), values.tolist(), times.tolist(), strict=True)] == theirs, tag
+    return scalars
+
+
+def test_scalars_are_those_that_tensorboard_reads():
+    writer = SummaryWriter("run")
+    rng = np.random.default_rng(0)
+    for step in (0, 1, 127, 128, 16_383, 16_384, 2_999_999, 3_000_000_000):
+        for tag in ("a", "charts/episodic_return", "x" * 99, "x" * 101):
+            writer.add_scalar(tag, rng.normal(), step)
+    writer.add_scalar("special", float("nan"), 1)
+    writer.add_text("text", "not a scalar")
+    writer.close()
+    scalars, sound = runs.read_scalars(Path("run"))
+    assert sound
+    assert np.isnan(scalars.pop("special")[1]).all()
+    events = EventAccumulator("run", size_guidance={"scalars": 0}).Reload()
+    for tag, (steps, values, _) in scalars.items():
+        assert [*zip(steps, values, strict=True)] == [(e.step, e.value) for e in events.Scalars(tag)]
+    assert scalars.keys() == {"a", "charts/episodic_return", "x" * 99, "x" * 101}
+
+
+def test_what_a_resumed_run_took_back_is_not_read():
+    for first, last, purge in ((0, 50, None), (30, 70, 30), (60, 100, 60)):
+        writer = SummaryWriter("run", purge_step=purge, filename_suffix=f".{first}")
+        for step in range(first, last):
+            writer.add_scalar("a", first + step / 1000, step)
+        writer.close()
+        time.sleep(1.01)  # TensorBoard orders files by the second
+    scalars = agrees_with_tensorboard(Path("run"))
+    assert scalars["a"][0].tolist() == list(range(100))
+    np.testing.assert_allclose(scalars["a"][1][[29, 30, 59, 60]], [0.029, 30.03, 30.059, 60.06], rtol=1e-6)
+
+
+def short_run(module, seed, name, env_id="Walk-v0", **flags):
+    flags = {
+        "total_timesteps": 600,
+        "learning_starts": 100,
+        "log_interval": 20,
+        "eval_episodes": 1,
+        "batch_size": 16,
+    } | flags
+    return module.train(module.Args(env_id=env_id, seed=seed, run_name=name, **flags))
+
+
+def test_a_row_and_a_curve_are_what_was_logged(scalars):
+    run_dir = short_run(klac_discrete, 3, "run")
+    agrees_with_tensorboard(run_dir)
+    run = runs.read_run(run_dir)
+    logged = scalars(run_dir)
+    returns = logged["charts/episodic_return"]
+    assert run.problem is None
+    row = run.summary
+    assert (row["task"], row["algorithm"], row["seed"], row["budget"]) == ("Walk-v0", "KLAC", 3, 600)
+    assert row["random"] == pytest.approx(np.mean([v for step, v in returns if step < 100]))
+    assert row["score"] == pytest.approx(np.mean(sorted(v for _, v in returns)[-10:]))
+    assert row["last_return"] == pytest.approx(np.mean([v for step, v in returns if step >= 540]))
+    gaps = logged["charts/q_minus_return"]
+    assert row["q_minus_return"] == pytest.approx(np.mean([v for step, v in gaps if step >= 540]))
+    assert run.curves["step"][-1] == 600
+    for place in (50, 120):
+        here = [v for step, v in returns if place * 3 <= step < place * 3 + 3]
+        assert run.curves["return"][place] == (
+            pytest.approx(np.mean(here)) if here else pytest.approx(np.nan, nan_ok=True)
+        )
+    assert not np.isnan(run.curves["return"]).all()
+
+
+@pytest.mark.parametrize(("flags", "label"), [
+    ({}, "KLAC"), ({"bias": False}, "KLAC-b"), ({"beta": 0.0}, "KLAC-b"),
+    ({"anneal": False}, "KLAC-a"), ({"anneal": False, "bias": False}, "KLAC-ab"),
+])  # fmt: skip
+def test_labels_come_from_the_arguments(flags, label):
+    assert runs.read_run(short_run(klac_discrete, 1, "named-SAC", **flags)).summary["algorithm"] == label
+
+
+def test_runs_that_cannot_be_used_are_named(capsys):
+    good = short_run(sac_discrete, 1, "good")
+    for name in ("cut", "unfinished", "garbage", "no-args", "bad-args", "empty"):
+        shutil.copytree(good, Path("runs", name))
+    (events,) = Path("runs/cut").glob("*tfevents*")
+    events.write_bytes(events.read_bytes()[:-2001])
+    Path("runs/unfinished/actor.pt").unlink()
+    (events,) = Path("runs/garbage").glob("*tfevents*")
+    content = bytearray(events.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 500] = os.urandom(500)
+    events.write_bytes(content)
+    Path("runs/no-args/args.json").unlink()
+    Path("runs/bad-args/args.json").write_text('{"env')
+    for file in Path("runs/empty").glob("*tfevents*"):
+        file.write_bytes(b"")
+    found = runs.read_folders(sorted(Path("runs").iterdir()), Path("cache"))
+    summary, curves = runs.tables(found, unfinished=False)
+    said = capsys.readouterr().out
+    assert len(summary) == 1
+    assert len(curves) == runs.POINTS
+    for name, word in (
+        ("cut", "damaged after step"), ("unfinished", "unfinished, at step"), ("garbage", "damaged after step"),
+        ("no-args", "cannot be read"), ("bad-args", "args.json is damaged"), ("empty", "too short"),
+    ):  # fmt: skip
+        assert f"left out: {name}: {word}" in said, said
+    cut = next(run for run in found if run.name == "cut")
+    assert 400 < cut.summary["steps"] < 600
+    runs.tables([cut], unfinished=True)
+    assert "used as far as it goes: cut: damaged after step" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no run is left"):
+        runs.tables([cut], unfinished=False)
+
+
+def test_runs_that_are_not_to_be_compared_are_refused(capsys):
+    first = runs.read_run(short_run(sac_discrete, 1, "first"))
+    twin = runs.read_run(short_run(sac_discrete, 1, "twin"))
+    assert len(runs.tables([first, twin], False)[0]) == 1
+    assert "left out: twin: the same task, algorithm and seed as first" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="gamma differ"):
+        runs.tables([first, runs.read_run(short_run(sac_discrete, 2, "other", gamma=0.9))], False)
+    with pytest.raises(ValueError, match="different budgets"):
+        runs.tables([first, runs.read_run(short_run(klac_discrete, 1, "longer", total_timesteps=700))], False)
+
+
+def test_the_cache_notices_changes(monkeypatch):
+    run_dir = short_run(sac_discrete, 1, "run")
+    task, reads, real = (run_dir, Path("cache")), [], runs.read_run
+    monkeypatch.setattr(runs, "read_run", lambda path: reads.append(path) or real(path))
+    Path("cache").mkdir()
+    first = runs.read_cached(task)
+    assert repr(runs.read_cached(task)) == repr(first)  # NaN is not equal to itself
+    assert len(reads) == 1
+    actor = (run_dir / "actor.pt").read_bytes()
+    (run_dir / "actor.pt").unlink()
+    assert runs.read_cached(task).problem.startswith("unfinished")
+    (run_dir / "actor.pt").write_bytes(actor)
+    (cached,) = Path("cache").iterdir()
+    cached.write_text(cached.read_text()[:100])  # a damaged cache is no harm
+    assert repr(runs.read_cached(task)) == repr(first)  # NaN is not equal to itself
+    assert len(reads) == 3
+
+
+MATRICES = {"A": np.random.default_rng(1).gamma(2, 1, (12, 5)), "B": np.random.default_rng(2).normal(1, 2, (12, 5))}
+
+
+@pytest.mark.parametrize("name", statistics.AGGREGATES)
+def test_aggregates_and_their_intervals_are_rliables(name):
+    theirs = getattr(rliable.metrics, f"aggregate_{name.lower()}")
+    rng = np.random.RandomState(0)
+    for matrix in MATRICES.values():  # runs x tasks
+        samples = list(matrix.T)
+        ours = statistics.AGGREGATES[name](*samples)
+        assert ours == pytest.approx(theirs(matrix))
+        bounds = np.array(statistics.interval(samples, statistics.AGGREGATES[name]))
+        estimates = {"x": matrix}
+        _, intervals = rliable.library.get_interval_estimates(
+            estimates, lambda x: np.array([theirs(x)]), reps=4000, random_state=rng
+        )
+        np.testing.assert_allclose(bounds, intervals["x"][:, 0], atol=0.08 * np.ptp(bounds))
+        assert np.array_equal(bounds, statistics.interval(samples, statistics.AGGREGATES[name]))  # seeded
+
+
+def test_performance_profiles_are_rliables():
+    thresholds = np.linspace(0, 4, 21)
+    theirs, intervals = rliable.library.create_performance_profile(MATRICES, thresholds, reps=3000)
+    for name, matrix in MATRICES.items():
+        samples = list(matrix.T)
+        np.testing.assert_allclose(statistics.performance_profile(samples, thresholds), theirs[name])
+        low, high = statistics.profile_interval(samples, thresholds)
+        np.testing.assert_allclose([low, high], intervals[name], atol=0.035)
+
+
+def test_unequal_and_single_seeds():
+    samples = [np.array([1.0, 2.0, 6.0]), np.array([4.0, 8.0])]
+    assert statistics.aggregate_mean(*samples) == pytest.approx((3 + 6) / 2)
+    assert statistics.aggregate_median(*samples) == pytest.approx(4.5)
+    assert statistics.aggregate_iqm(*samples) == pytest.approx(scipy.stats.trim_mean([1, 2, 4, 6, 8], 0.25))
+    assert np.isnan(statistics.interval([np.array([1.0, 2.0]), np.array([3.0])], statistics.aggregate_mean)).all()
+
+
+def test_scores_are_normalised_by_random_and_sac():
+    rows = [("T", "SAC", 1, 10.0), ("T", "SAC", 2, 14.0), ("T", "KLAC", 1, 22.0), ("U", "KLAC", 1, 5.0)]
+    summary = pd.DataFrame(rows, columns=["task", "algorithm", "seed", "score"]).assign(random=2.0)
+    scores, left_out = statistics.normalise(summary)
+    assert left_out == ["U"]
+    assert scores["SAC"]["T"].tolist() == pytest.approx([0.8, 1.2])
+    assert scores["KLAC"]["T"].tolist() == [2.0]
+
+
+@pytest.fixture
+def campaign():
+    """Short runs that are said to be of the paper's tasks: the figures do not ask what was played."""
+    folders = []
+    for task in ("Asterix-v1", "Breakout-v1", "Seaquest-v1", "HalfCheetah-v5", "Reacher-v5"):
+        for module, seeds in ((sac_discrete, (1, 2)), (klac_discrete, (1, 2, 3) if task == "Seaquest-v1" else (1,))):
+            for seed in seeds:
+                run_dir = short_run(module, seed, f"{task}-{module.__name__}-{seed}")
+                args = json.loads((run_dir / "args.json").read_text()) | {"env_id": task}
+                (run_dir / "args.json").write_text(json.dumps(args))
+                folders.append(run_dir)
+    return folders
+
+
+def test_all_six_figures_from_runs_and_again_from_tables(campaign, capsys):
+    out = Path("out")
+    figures.main(figures.Args(runs=campaign, out=out))
+    printed = capsys.readouterr().out
+    assert "figure 1: no runs of Hopper-v5" in printed
+    names = {f"figure{n}.{suffix}" for n in range(1, 7) for suffix in ("pdf", "png", "csv")}
+    assert {path.name for path in out.iterdir()} == names | {"summary.csv", "curves.csv", "table.csv", "table.md"}
+    drawn = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    rows = pd.read_csv(out / "table.csv").set_index(["task", "algorithm"])
+    summary = pd.read_csv(out / "summary.csv")
+    seaquest = summary[(summary["task"] == "Seaquest-v1") & (summary["algorithm"] == "KLAC")]["score"]
+    row = rows.loc["Seaquest-v1", "KLAC"]
+    assert row["n"] == 3
+    assert row["score"] == pytest.approx(seaquest.mean(), rel=1e-3)
+    assert row["low"] <= row["score"] <= row["high"]
+    assert np.isnan(rows.loc["Asterix-v1", "KLAC"]["low"])  # one seed has no interval
+    figure1 = pd.read_csv(out / "figure1.csv")
+    assert set(figure1["tasks"]) == {2}
+    figure3 = pd.read_csv(out / "figure3.csv")
+    assert set(figure3[figure3["algorithm"] == "KLAC"]["n"]) == {3}
+
+    shutil.rmtree("runs")
+    command = [sys.executable, "-m", "plotting.figures", "--redraw", "--out", "out"]
+    result = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    again = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert again == drawn
+
+    figures.main(figures.Args(redraw=True, out=out, only=(3,)))
+
+
+@pytest.mark.parametrize(("flags", "word"), [([], "no run given"), (["nowhere"], "nowhere: not a folder")])
+def test_wrong_calls_are_one_line(flags, word):
+    command = [sys.executable, "-m", "plotting.figures", *flags]
+    result = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert word in result.stderr
+    assert not Path("results").exists()
+
+
+def test_runs_of_wandb_are_read_like_folders(monkeypatch):
+    run_dir = short_run(sac_discrete, 1, "run")
+    scalars, _ = runs.read_scalars(run_dir)
+    history = [
+        {"global_step": int(step), tag: float(value), "_timestamp": when}
+        for tag, columns in scalars.items()
+        for step, value, when in zip(*columns, strict=True)
+    ]
+    history += history[-30:]  # a resumed run has logged the steps after its checkpoint twice
+    config = json.loads((run_dir / "args.json").read_text())
+    stored = [SimpleNamespace(name="run", state="finished", config=config, scan_history=lambda: iter(history))]
+    stored += [SimpleNamespace(name="gone", state="crashed", config=config, scan_history=lambda: iter(history[:3]))]
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda project: stored))
+    first, second = runs.read_wandb("me/klac")
+    assert second.summary is None
+    expected = runs.read_run(run_dir)
+    assert first.settings == expected.settings
+    for name, value in expected.summary.items():
+        assert first.summary[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), name
+    np.testing.assert_allclose(first.curves["return"], expected.curves["return"], rtol=1e-5)
+
+    def refuse(project):
+        raise OSError("no login")
+
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=refuse))
+    with pytest.raises(ValueError, match="--wandb me/klac: no login"):
+        runs.read_wandb("me/klac")
+
+
+@pytest.mark.slow
+def test_five_hundred_runs_of_three_million_steps_are_read_in_time():
+    """One run of Breakout's size, 60,000 episodes, in 500 folders (linked: the file is read 500 times, from memory)."""
+    run_dir = short_run(klac_discrete, 1, "one")
+    args = json.loads((run_dir / "args.json").read_text()) | {"total_timesteps": 3_000_000, "env_id": "Breakout-v1"}
+    for file in run_dir.glob("*tfevents*"):
+        file.unlink()
+    writer = SummaryWriter(run_dir, max_queue=1000)
+    tags = [*runs.QUANTITIES.values(), *(f"losses/{i}" for i in range(11))]
+    for step in range(0, 3_000_000, 50):
+        for tag in tags if step % 1000 == 0 else [*tags[:2], "charts/q_minus_return"]:
+            writer.add_scalar(tag, step / 1e6, step)
+    writer.close()
+    (events,) = run_dir.glob("*tfevents*")
+    folders = []
+    for seed in range(500):
+        folder = Path(f"many/{seed}")
+        folder.mkdir(parents=True)
+        os.link(events, folder / events.name)
+        os.link(run_dir / "actor.pt", folder / "actor.pt")
+        (folder / "args.json").write_text(json.dumps(args | {"seed": seed}))
+        folders.append(folder)
+    for limit in (180, 10):
+        start = time.monotonic()
+        summary, _ = runs.tables(runs.read_folders(folders, Path("cache")), False)
+        seconds = time.monotonic() - start
+        print(f"{events.stat().st_size / 1e6:.1f} MB a run, 500 runs: {seconds:.1f} s")
+        assert len(summary) == 500
+        assert seconds < limit
