@@ -293,7 +293,9 @@ def load(run_dir: Path) -> dict | None:
     for path in (run_dir / "actor.pt", run_dir / "checkpoint.pt"):
         if path.exists():
             try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                _ = state["args"]["env_id"], state["actor"]  # what every saved run has
+                return state
             except Exception as error:  # torch raises a different error for each damage
                 raise UsageError(f"{path}: damaged; without it the run starts afresh: {error!s:.150}") from error
     return None
@@ -513,7 +515,7 @@ def train(args: Args) -> Path:
             if global_step % args.policy_frequency == 0 and global_step % args.log_interval < args.policy_frequency:
                 sigma = actor.scale * actor(batch.obs)[1].detach().exp()  # (B, d), before tanh: approximate at bounds
                 inside = torch.erf(args.exploit_radius / (math.sqrt(2) * sigma)).prod(1).mean()
-                sps = (global_step - timed_step) / (time.time() - start_time)
+                sps = (global_step + 1 - timed_step) / (time.time() - start_time)
                 scalars = {"charts/SPS": sps, "losses/qf1_values": q1.mean(), "losses/qf2_values": q2.mean()}
                 scalars |= {"losses/qf1_loss": qf1_loss, "losses/qf2_loss": qf2_loss}
                 scalars |= {"losses/qf_loss": (qf1_loss + qf2_loss) / 2, "losses/actor_loss": pi_loss}
@@ -557,7 +559,8 @@ def train(args: Args) -> Path:
     print(f"{run_dir}: deterministic return {returns.mean():.2f} +- {returns.std():.2f} over {len(returns)} episodes")
     writer.close()
     save({"args": asdict(args), "actor": actor.state_dict()}, run_dir / "actor.pt")
-    (run_dir / "checkpoint.pt").unlink(missing_ok=True)
+    for left_over in run_dir.glob("checkpoint.*"):
+        left_over.unlink()
     return run_dir
 
 
@@ -572,10 +575,10 @@ def stop(number: int, _) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
+    args = tyro.cli(Args)
+    for number in (signal.SIGINT, signal.SIGTERM) if not args.evaluate else ():
         signal.signal(number, stop)
     try:
-        args = tyro.cli(Args)
         evaluate_run(args) if args.evaluate else train(args)
     except (UsageError, FloatingPointError, OSError) as error:
         print(" ".join(f"{Path(__file__).name}: {error}".split()), file=sys.stderr)

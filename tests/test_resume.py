@@ -221,6 +221,15 @@ def test_a_file_from_a_stranger_runs_no_code(run_script, flag):
     assert Path("owned").exists()
 
 
+def test_another_file_is_no_run(run_script):
+    Path("runs/odd").mkdir(parents=True)
+    torch.save({"weights": torch.zeros(3)}, "runs/odd/actor.pt")
+    for flags in (["--evaluate", "runs/odd"], ["--env-id", "Walk-v0", "--run-name", "odd", "--resume"]):
+        code, _, err = run_script("sac_discrete", *flags)
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.startswith("sac_discrete.py: runs/odd/actor.pt: damaged")
+
+
 def test_changed_flags_are_refused_by_name(run_script):
     unfinished(klac_discrete, anneal=True)
     flags = ["--env-id", "Walk-v0", "--run-name", "unfinished", "--resume", *FLAGS]
@@ -239,6 +248,12 @@ def test_changed_flags_are_refused_by_name(run_script):
     code, _, err = run_script("klac_discrete", *flags, "--total-timesteps", "3000", "--anneal-timesteps", "800")
     assert code == 2
     assert "finished" in err
+
+
+def test_the_first_step_after_a_resume_may_be_logged():
+    """The speed is over the steps since the resume, of which there is one by then."""
+    args = unfinished(sac_discrete, update_frequency=1, log_interval=1)
+    sac_discrete.train(args)
 
 
 @pytest.mark.parametrize(("module", "flags"), [(sac_discrete, {}), (klac_discrete, {"anneal_timesteps": 700})])
