@@ -216,7 +216,7 @@ def test_evaluation_plays_the_mean_action():
     starts = np.random.default_rng([args.seed, 1])
     env = klac.make_env("Point-v0")
     distances = [np.linalg.norm(env.reset(seed=int(starts.integers(2**31)))[0]) for _ in range(3)]
-    returns = klac.evaluate(actor, args, torch.device("cpu"), None)
+    returns = klac.evaluate(actor, args, None)
     assert returns.tolist() == pytest.approx([-20 * distance for distance in distances])  # it stays where it was
 
 

@@ -288,9 +288,9 @@ def test_evaluation_plays_the_most_probable_action():
     args = Args(env_id="Bandit-v0", eval_episodes=200)
     actor = torch.nn.Linear(4, 4, bias=False)
     actor.weight.data = 0.01 * torch.eye(4)  # the right arm is barely preferred
-    assert (klac.evaluate(actor, args, CPU, None) == 1).all()
+    assert (klac.evaluate(actor, args, None) == 1).all()
     actor.weight.data = -0.01 * torch.eye(4)
-    assert (klac.evaluate(actor, args, CPU, None) == 0).all()
+    assert (klac.evaluate(actor, args, None) == 0).all()
 
 
 def test_reference_can_be_forked_as_the_documentation_says(scalars, monkeypatch):

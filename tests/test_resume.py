@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import math
 import os
 import pickle
 import random
@@ -68,20 +69,31 @@ def same_run(scalars, one, other):
 def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(scalars, name):
     module, env_id = importlib.import_module(name), SCRIPTS[name][0]
     whole = module.train(module.Args(env_id=env_id, run_name="whole", **TINY))
-    args = module.Args(env_id=env_id, run_name="killed", resume=True, **TINY)
-    rng, codes, first_steps = random.Random(name), [], []
+    args = module.Args(env_id=env_id, run_name="killed", resume=True, **TINY | {"checkpoint_interval": 90})
+    rng, codes, first_steps, path = random.Random(name), [], [], Path("runs/killed/checkpoint.pt")
+
+    def soon_after_a_checkpoint():
+        """True at some moment within a fifth of a second of a new checkpoint: in an episode, or in the next one."""
+        known, delay, moment = path.exists() and path.stat().st_mtime_ns, rng.uniform(0, 0.2), math.inf
+
+        def kill_when():
+            nonlocal moment
+            if moment == math.inf and path.exists() and path.stat().st_mtime_ns != known:
+                moment = time.monotonic() + delay
+            return time.monotonic() > moment
+
+        return kill_when
+
     while not codes or codes[-1] != 0:
-        state = module.load(Path("runs/killed"))
+        state = module.load(path.parent)
         first_steps.append(state["step"] if state else 0)
-        moment = time.monotonic() + 1 + rng.uniform(0.05, 0.3 + 0.15 * len(codes))
-        codes.append(in_a_child(lambda: module.train(args), lambda moment=moment: time.monotonic() > moment))
+        codes.append(in_a_child(lambda: module.train(args), soon_after_a_checkpoint()))
         assert codes[-1] in (0, -signal.SIGKILL)
     print(f"{name}: resumed from {first_steps}")
     assert len(set(first_steps)) > 2  # killed often enough to mean something
-    same_run(scalars, whole, Path("runs/killed"))
-    assert sorted(path.name for path in Path("runs/killed").iterdir() if "tfevents" not in path.name) == sorted(
-        path.name for path in whole.iterdir() if "tfevents" not in path.name
-    )
+    same_run(scalars, whole, path.parent)
+    files = [sorted(x.name for x in run_dir.iterdir() if "tfevents" not in x.name) for run_dir in (whole, path.parent)]
+    assert files[0] == files[1]
 
 
 def test_a_run_killed_while_it_writes_a_checkpoint_keeps_the_one_before(scalars, monkeypatch):

@@ -116,8 +116,8 @@ def test_every_scalar_of_a_run_is_logged(run_script, scalars, name):
 def test_two_runs_started_in_the_same_second_do_not_collide():
     folders = []
     for _ in range(5):
-        run_dir, writer = klac_discrete.start_logging(klac_discrete.Args(), "KLAC")
-        writer.close()
+        run_dir, _ = klac_discrete.find_run(klac_discrete.Args())
+        klac_discrete.start_logging(klac_discrete.Args(), "KLAC", run_dir, 0).close()
         folders.append(run_dir)
     assert sorted(folders) == sorted(Path("runs").iterdir())
 
