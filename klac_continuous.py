@@ -482,7 +482,7 @@ def train(args: Args) -> Path:
     first_step, episode_seed, recent_returns = 0, int(rng.integers(2**31)), deque(maxlen=20)
     if state:
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(state[name] if part is buffer else copy.deepcopy(state[name]))  # nothing maps the file
         log_alpha.data.copy_(state["log_alpha"])
         first_step, episode_seed = state["step"], state["episode_seed"]
         recent_returns.extend(state["recent_returns"])

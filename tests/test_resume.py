@@ -296,6 +296,20 @@ def test_resume_without_a_name_finds_the_latest_run_and_starts_afresh_without_a_
     assert sac_discrete.train(args) not in (fresh, killed)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+def test_a_resumed_run_lets_go_of_its_checkpoint(monkeypatch):
+    args, mapped, real = unfinished(sac_discrete), [], sac_discrete.save
+
+    def save(state, path):
+        mapped.append("checkpoint" in Path("/proc/self/maps").read_text())
+        real(state, path)
+
+    monkeypatch.setattr(sac_discrete, "save", save)
+    sac_discrete.train(args)
+    assert len(mapped) > 2
+    assert not any(mapped)
+
+
 def test_logged_twice_is_read_once(scalars):
     """The events that a killed run wrote after its last checkpoint are purged by TensorBoard's own reader."""
     args = unfinished(sac_discrete)
