@@ -182,14 +182,14 @@ def test_a_second_ctrl_c_stops_at_once():
 
 
 def unfinished(module, **flags):
-    """A run that was killed at its second checkpoint, and its arguments."""
+    """A run that was killed at its fourth checkpoint, after its first updates, and its arguments."""
     args = module.Args(**(TINY | {"env_id": "Walk-v0", "run_name": "unfinished", "resume": True} | flags))
     real, saved = module.save, []
 
     def save(state, path):
         real(state, path)
         saved.append(path)
-        if len(saved) == 2:
+        if len(saved) == 4:
             raise KeyboardInterrupt
 
     module.save = save
