@@ -186,12 +186,8 @@ def make_network(obs_shape: tuple[int, ...], n: int) -> nn.Sequential:
     """Maps (B, *obs) to (B, n): the logits of the actor, or a critic's value of each action."""
     if len(obs_shape) == 3:
         height, width, channels = obs_shape
-        encoder = [
-            nn.Conv2d(channels, 16, 3),
-            nn.ReLU(inplace=True),
-            nn.Flatten(),
-            Linear(16 * (height - 2) * (width - 2), 128),
-        ]
+        encoder = [nn.Conv2d(channels, 16, 3), nn.ReLU(inplace=True), nn.Flatten()]
+        encoder += [Linear(16 * (height - 2) * (width - 2), 128)]
     else:
         encoder = [nn.Linear(obs_shape[0], 128), nn.ReLU(inplace=True), Linear(128, 128)]
     network = nn.Sequential(*encoder, nn.ReLU(inplace=True), nn.Linear(128, n))
