@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Runs a list of commands on this machine through GNU parallel, one thread each; the same command goes on where it stopped.
+#
+#   benchmark/run_local.sh campaign.txt [--workers N] [--retry-failed] [-- options of GNU parallel]
+#
+# Lines whose run is finished (runs/NAME/actor.pt) are left out. A run that fails is named and not tried again until
+# --retry-failed. Logs are in campaign.txt.logs/NAME.log, GNU parallel's own in campaign.txt.joblog, failures in
+# campaign.txt.failed. Ctrl-C lets every run save itself. The exit status is 1 if any run failed, 130 after Ctrl-C.
+set -euo pipefail
+
+fail() { echo "run_local.sh: $1" >&2; exit 2; }
+
+list="" workers=$(nproc) retry="" extra=()
+while (($#)); do
+  case $1 in
+    --workers) (($# > 1)) || fail "--workers: needs a number"; workers=$2; shift ;;
+    --retry-failed) retry=1 ;;
+    --) shift; extra=("$@"); break ;;
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit ;;
+    -*) fail "$1: no such option; see --help" ;;
+    *) [[ -z $list ]] || fail "$1: one list at a time"; list=$1 ;;
+  esac
+  shift
+done
+[[ -n $list && -r $list ]] || fail "${list:-LIST}: must be a readable list of commands, as benchmark/campaign.sh prints it"
+[[ $workers =~ ^[1-9][0-9]*$ ]] || fail "--workers $workers: must be a positive number"
+command -v parallel >/dev/null || fail "GNU parallel is not installed (Debian: apt install parallel)"
+exec 9>"$list.lock"
+flock -n 9 || fail "$list: already being run"
+
+name_of() { sed -n 's/.*--run-name \([^ ]*\).*/\1/p' <<<"$1"; }
+logs=$list.logs failed=$list.failed todo=()
+mkdir -p "$logs"
+[[ -n $retry ]] && rm -f "$failed"
+touch "$failed"
+while IFS= read -r line; do
+  name=$(name_of "$line")
+  [[ -n $name ]] || fail "$list: a line without --run-name: $line"
+  [[ -e runs/$name/actor.pt ]] && continue
+  grep -qxF "$name" "$failed" || todo+=("$line")
+done < <(grep -v '^ *\(#\|$\)' "$list")
+echo "${#todo[@]} runs to do, of $(grep -vc '^ *\(#\|$\)' "$list")"
+
+# A run of the list: its output to its log; its name to the list of failures unless it was stopped by a signal
+one() {
+  local name code=0
+  name=$(sed -n 's/.*--run-name \([^ ]*\).*/\1/p' <<<"$1")
+  # in the background and waited for, so that a signal reaches the run at once
+  bash -c "exec $1" >>"$LOGS/$name.log" 2>&1 &
+  trap 'kill -TERM $! 2>/dev/null' TERM INT
+  wait $! || code=$?
+  # a signal ends the first wait and not the run
+  while kill -0 $! 2>/dev/null; do code=0; wait $! || code=$?; done
+  ((code == 0 || code > 128)) || echo "$name" >>"$FAILED"
+  echo "$(date +%T) $name: $(((code == 0)) && echo finished || echo "exit code $code")"
+  return $code
+}
+export -f one
+export LOGS=$logs FAILED=$failed OMP_NUM_THREADS=1
+stopped=0
+if ((${#todo[@]})); then
+  progress=() # on a terminal a bar with the time left, else a line a run
+  [[ -t 2 ]] && progress=(--bar)
+  trap 'stopped=1' INT TERM
+  # parallel is in the background for the traps to run; a minute for every run to save itself, then no mercy
+  printf '%s\n' "${todo[@]}" | setsid parallel --jobs "$workers" --joblog "+$list.joblog" "${progress[@]}" --line-buffer \
+    --termseq TERM,60000,KILL,25 "${extra[@]}" one &
+  while kill -0 $! 2>/dev/null; do
+    wait $! || true
+    if ((stopped == 1)); then
+      echo "run_local.sh: stopping, every run saves itself; the same command goes on" >&2
+      kill -TERM $! && kill -TERM $! && stopped=2
+    fi
+  done
+fi
+if [[ -s $failed ]]; then
+  echo "failed (see $logs/NAME.log; --retry-failed tries them again):" >&2
+  sort -u "$failed" >&2
+fi
+((stopped)) && exit 130
+[[ -s $failed ]] && exit 1
+exit 0
