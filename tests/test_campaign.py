@@ -1,0 +1,170 @@
+"""The campaign's list, and the driver that runs a list on one machine."""
+
+import collections
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import tyro
+
+import klac_continuous
+import klac_discrete
+import sac_continuous
+import sac_discrete
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {f"{module.__name__}.py": module for module in (sac_discrete, klac_discrete, sac_continuous, klac_continuous)}
+
+
+def campaign(*flags):
+    return subprocess.run([ROOT / "benchmark/campaign.sh", *flags], capture_output=True, text=True, check=False)
+
+
+def test_the_list_is_the_papers():
+    lines = campaign().stdout.splitlines()
+    assert len(lines) == len(set(lines)) == 5 * 20 * 13
+    total, names, counts = 0, set(), collections.Counter()
+    for line in lines:
+        python, script, *flags = shlex.split(line)
+        args = tyro.cli(SCRIPTS[script].Args, args=flags)
+        assert python == "python"
+        assert args.resume
+        total += args.total_timesteps
+        names.add(args.run_name)
+        label = ""
+        if script.startswith("klac"):
+            label = "-" * (not (args.anneal and args.bias)) + "a" * (not args.anneal) + "b" * (not args.bias)
+        variant = script[:4].rstrip("_").upper() + label
+        counts[variant] += 1
+        assert args.run_name == f"{args.env_id}__{variant}__{args.seed}"
+        assert args.total_timesteps == (3_000_000 if "discrete" in script else 1_000_000)
+    assert len(names) == len(lines)
+    assert total == 2_300_000_000
+    assert counts == dict.fromkeys(("SAC", "KLAC", "KLAC-a", "KLAC-b", "KLAC-ab"), 260)
+    assert campaign("--dry-run").stdout.startswith("1300 runs, 2300000000 steps, ")
+
+
+def test_parts_of_the_list():
+    lines = campaign("minatar", "--seeds", "3 4", "--variants", "SAC KLAC-b", "--envs", "Seaquest-v1", "--track").stdout
+    assert lines.splitlines()[1] == (
+        "python klac_discrete.py --env-id Seaquest-v1 --no-bias --total-timesteps 3000000 --seed 3 --track "
+        "--run-name Seaquest-v1__KLAC-b__3 --resume"
+    )
+    assert len(lines.splitlines()) == 4
+    shorter = campaign("mujoco", "--seeds", "1", "--steps", "5000", "--variants", "SAC KLAC KLAC-a").stdout.splitlines()
+    assert len(shorter) == 24
+    for line in shorter:  # a prefix of the paper's run
+        assert ("--anneal-timesteps 1000000" in line) == ("__KLAC__" in line)
+        assert "--total-timesteps 5000 " in line
+
+
+@pytest.mark.parametrize("flags", [
+    ["atari"], ["--seeds", "x"], ["--seeds"], ["--envs", "Pong-v5"], ["minatar", "--envs", "Ant-v5"],
+    ["--variants", "PPO"], ["--steps", "-1"], ["--steps", "0"], ["--what"],
+])  # fmt: skip
+def test_what_the_list_does_not_know_is_refused(flags):
+    result = campaign(*flags)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith("campaign.sh: ")
+
+
+needs_parallel = pytest.mark.skipif(not shutil.which("parallel"), reason="GNU parallel is not installed")
+FAKE = """
+name=${run#--run-name }
+mkdir -p "runs/$name"
+echo "start $$" >> "runs/$name/log"
+trap 'echo saved >> "runs/$name/log"; exit 143' TERM
+for i in $(seq $steps); do sleep 0.1; done
+[ "$bad" ] && exit 3
+touch "runs/$name/actor.pt"
+echo done >> "runs/$name/log"
+"""
+
+
+def write_list(bad=(), steps=10, n=6):
+    Path("fake.sh").write_text(FAKE)
+    lines = ["# a comment", ""]
+    for i in range(n):
+        flags = f"steps={steps} bad={'yes' if i in bad else ''}"
+        lines.append(f"env {flags} 'run=--run-name r{i}' bash fake.sh --run-name r{i}")
+    Path("list.txt").write_text("\n".join(lines) + "\n")
+
+
+def drive(*flags):
+    return subprocess.run(
+        [ROOT / "benchmark/run_local.sh", "list.txt", *flags], capture_output=True, text=True, check=False
+    )
+
+
+def logs():
+    return {path.parent.name: path.read_text().split() for path in sorted(Path("runs").glob("*/log"))}
+
+
+@needs_parallel
+def test_a_list_is_run_and_failures_are_named_and_retried_on_request():
+    write_list(bad=[2], steps=1)
+    Path("runs/r0").mkdir(parents=True)
+    Path("runs/r0/actor.pt").touch()
+    result = drive("--workers", "3")
+    assert result.returncode == 1
+    assert result.stdout.startswith("5 runs to do, of 6\n")
+    assert result.stderr.splitlines()[-1] == "r2"
+    assert "r0" not in logs()  # it was finished
+    assert all(log[-1] == "done" for name, log in logs().items() if name != "r2")
+    assert len(Path("list.txt.joblog").read_text().splitlines()) == 5
+
+    again = drive()
+    assert (again.returncode, again.stdout) == (1, "0 runs to do, of 6\n")
+    assert len(logs()["r2"]) == 2
+    write_list(steps=1)
+    fixed = drive("--retry-failed")
+    assert (fixed.returncode, fixed.stderr) == (0, "")
+    assert logs()["r2"][-1] == "done"
+    assert drive().returncode == 0
+
+
+@needs_parallel
+def test_ctrl_c_lets_every_run_save_itself_and_the_same_command_goes_on():
+    write_list(steps=15)
+    driver = subprocess.Popen([ROOT / "benchmark/run_local.sh", "list.txt", "--workers", "2"], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while len(logs()) < 3:
+        time.sleep(0.05)
+    second = drive()
+    assert second.returncode == 2
+    assert "already being run" in second.stderr
+    driver.send_signal(signal.SIGINT)
+    _, err = driver.communicate(timeout=30)
+    assert driver.returncode == 130
+    assert "every run saves itself" in err
+    running = {name for name, log in logs().items() if log[-1] != "done"}
+    assert running
+    for name in running:
+        _, pid, last = logs()[name]
+        assert last == "saved"
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+    result = drive("--workers", "6")
+    assert result.returncode == 0, result.stderr
+    assert all(log[-1] == "done" and log.count("done") == 1 for log in logs().values())
+    assert len(logs()) == 6
+
+
+@needs_parallel
+@pytest.mark.parametrize(("flags", "word"), [
+    (["--workers", "0"], "--workers 0"), (["--workers"], "--workers"), (["--what"], "--what"),
+    (["other.txt"], "other.txt"),
+])  # fmt: skip
+def test_wrong_calls_of_the_driver_are_one_line(flags, word):
+    write_list()
+    result = drive(*flags)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert word in result.stderr
+    missing = subprocess.run([ROOT / "benchmark/run_local.sh", "none"], capture_output=True, text=True, check=False)
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
+    assert not Path("runs").exists()
