@@ -270,7 +270,7 @@ def check_finite(name: str, loss: torch.Tensor, step: int, saved_step: int) -> N
 
 def save(state: dict, path: Path) -> None:
     """Writes `state` to `path`, whole or not at all: then, on a full disk for instance, it raises OSError."""
-    partial = path.with_suffix(".partial")
+    partial = path.with_name("partial")
     try:
         with partial.open("wb") as file:
             torch.save(state, file)
@@ -303,9 +303,13 @@ def find_run(args: Args) -> tuple[Path, dict | None]:
     latest = earlier[-1] if args.resume and earlier else f"{name}{time.time_ns() // 1000}"
     run_dir = Path("runs", args.run_name or latest)
     state = load(run_dir) if args.resume else None
+    try:
+        began = state["args"] if state else json.loads((run_dir / "args.json").read_text()) if args.resume else {}
+    except (OSError, ValueError):  # there is no such run, or it was killed before it had begun
+        began = {}
     may_change = "run_name resume checkpoint_interval eval_episodes capture_video track wandb_project_name wandb_entity"
-    for name, value in asdict(args).items() if state else ():
-        before = state["args"].get(name)
+    for name, value in asdict(args).items() if began else ():
+        before = began.get(name)
         if value != before and name not in may_change.split() and not (name == "total_timesteps" and value > before):
             raise UsageError(f"--resume: {run_dir} was started with --{name.replace('_', '-')} {before}, not {value}")
     if state and "step" not in state and args.total_timesteps > state["args"]["total_timesteps"]:
@@ -369,7 +373,8 @@ def evaluate_run(args: Args) -> None:
     state = load(run_dir)
     if state is None:
         raise UsageError(f"--evaluate {run_dir}: must be the folder of a run that has saved a checkpoint or its actor")
-    args = replace(args, env_id=state["args"]["env_id"])
+    own = {"seed": args.seed, "eval_episodes": args.eval_episodes, "capture_video": args.capture_video}
+    args = replace(args, **{name: value for name, value in state["args"].items() if name in asdict(args)} | own)
     env = make_env(args.env_id, args.capture_video)
     check_args(args, env)
     actor = make_network(env.observation_space.shape, int(env.action_space.n))
@@ -390,6 +395,7 @@ def train(args: Args) -> Path:
     run_dir, state = find_run(args)
     if state and "step" not in state:
         print(f"{run_dir}: finished already, after {args.total_timesteps} steps")
+        (run_dir / "checkpoint.pt").unlink(missing_ok=True)  # if it was killed right here, the last time
         return run_dir
     rng = np.random.default_rng(args.seed)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -429,7 +435,8 @@ def train(args: Args) -> Path:
         recent_returns.extend(state["recent_returns"])
         rng.bit_generator.state = state["rng"]
         torch.set_rng_state(state["torch_rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
         del state
     alpha = log_alpha.detach().exp() if args.autotune else torch.tensor(args.alpha, device=device)
 
@@ -530,8 +537,9 @@ def train(args: Args) -> Path:
             next_checkpoint = global_step + 1 + args.checkpoint_interval
             state = {name: part.state_dict() for name, part in parts.items()} | {"log_alpha": log_alpha.detach()}
             state |= {"rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state()}
-            state |= {"cuda_rng": torch.cuda.get_rng_state_all(), "recent_returns": list(recent_returns)}
+            state |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
             state |= {"args": asdict(args), "step": global_step + 1, "episode_seed": episode_seed}
+            state |= {"recent_returns": list(recent_returns)}
             writer.flush()
             try:
                 save(state, run_dir / "checkpoint.pt")
@@ -549,8 +557,7 @@ def train(args: Args) -> Path:
     print(f"{run_dir}: deterministic return {returns.mean():.2f} +- {returns.std():.2f} over {len(returns)} episodes")
     writer.close()
     save({"args": asdict(args), "actor": actor.state_dict()}, run_dir / "actor.pt")
-    for left_over in run_dir.glob("checkpoint.*"):
-        left_over.unlink()
+    (run_dir / "checkpoint.pt").unlink(missing_ok=True)
     return run_dir
 
 
@@ -560,7 +567,8 @@ stop_signals = []
 def stop(number: int, _) -> None:
     """Handles SIGINT and SIGTERM: the run saves itself at the end of the episode. A second signal ends it at once."""
     stop_signals.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    for either in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(either, signal.SIG_DFL)
     print("stopping at the end of this episode; once more to stop now", file=sys.stderr, flush=True)
 
 

@@ -198,7 +198,7 @@ def split(env_id: str, name: str, core: int, args: argparse.Namespace) -> list[d
     """Milliseconds a step of each section of a script's loop, sampled every millisecond (one thread)."""
     window = args.window * (1 if env_id == "HalfCheetah-v5" else 4)
     contestant = Contestant(name, env_id, [core], window)
-    for _ in range(2):  # the answer to the second holds the whole of the first
+    for _ in range(2):
         contestant.go("split")
         answer = contestant.answer()
     contestant.close()

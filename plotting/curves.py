@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
 
-from plotting.runs import FREE, QUANTITIES, read_scalars
+from plotting.runs import FREE, QUANTITIES, label, read_scalars
 
 NAMES = {
     "return": "episodic return",
@@ -69,7 +69,7 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
         raise ValueError(f"{run_dir}: too short a run: it has no {', '.join(sorted(missing))}")
     labels = {
         "task": args["env_id"].removeprefix("MinAtar/"),
-        "algorithm": "KLAC-b" if args["algorithm"] == "KLAC" and args["beta"] == 0 else args["algorithm"],
+        "algorithm": label(args),
         "beta": args["beta"] if args.get("bias") else 0.0,
         "seed": args["seed"],
     }

@@ -29,8 +29,24 @@ QUANTITIES = {
 }
 # Runs of one task and algorithm may differ in these and still be seeds of one experiment
 FREE = {"seed", "run_name", "exp_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "cuda"}
-FREE |= {"compile", "resume", "checkpoint_interval", "evaluate", "eval_episodes", "log_interval", "torch_deterministic"}
+FREE |= {
+    "env_id",
+    "algorithm",
+    "compile",
+    "resume",
+    "checkpoint_interval",
+    "evaluate",
+    "eval_episodes",
+    "log_interval",
+    "torch_deterministic",
+}
+KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps", "reference"}
 VERSION = 1  # of what is cached
+
+
+CRC_TABLE = np.arange(256, dtype=np.uint32)
+for _ in range(8):
+    CRC_TABLE = np.where(CRC_TABLE & 1, (CRC_TABLE >> 1) ^ np.uint32(0x82F63B78), CRC_TABLE >> 1)
 
 
 @dataclass
@@ -42,6 +58,15 @@ class Run:
     summary: dict | None = None
     curves: dict | None = None
     settings: dict | None = None
+
+
+def checksums(rows: np.ndarray) -> np.ndarray:
+    """The masked CRC-32C, as TensorFlow's record files have it, of each row of bytes: (n, length) to (n,)."""
+    crc = np.full(len(rows), 0xFFFFFFFF, np.uint32)
+    for column in np.ascontiguousarray(rows.T):
+        crc = CRC_TABLE[(crc ^ column) & 0xFF] ^ (crc >> 8)
+    crc = ~crc
+    return ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
 
 
 def read_events(path: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], int | None, bool]:
@@ -62,6 +87,9 @@ def read_events(path: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray, np.
     for length in np.unique(lengths):
         where = starts[lengths == length] + 12
         records = data[where[:, None] + np.arange(length)]  # (n, length)
+        stored = np.ascontiguousarray(data[(where + length)[:, None] + np.arange(4)]).view("<u4").ravel()
+        if (damaged := checksums(records) != stored).any():
+            end, sound = min(end, where[damaged][0]), False
         decoded = np.zeros(len(records), bool)
         for digits in range(1, 10):  # bytes of the step, seven bits each, the lowest first
             tag_length = length - (9 + 1 + digits + 6 + 5)
@@ -121,7 +149,7 @@ def read_scalars(run_dir: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray,
         for tag, part in new.items():
             earlier = scalars.get(tag)
             scalars[tag] = tuple(map(np.concatenate, zip(earlier, part, strict=True))) if earlier else part
-    return scalars, sound
+    return {tag: part for tag, part in scalars.items() if len(part[0])}, sound
 
 
 def summarise(name: str, args: dict, scalars: dict, problem: str | None) -> Run:
@@ -136,8 +164,7 @@ def summarise(name: str, args: dict, scalars: dict, problem: str | None) -> Run:
     gap_steps, gaps, _ = series["q_minus_return"]
     summary = {
         "task": args["env_id"].removeprefix("MinAtar/"),
-        # with beta 0 there is no bias, whatever the flag says
-        "algorithm": "KLAC-b" if args["algorithm"] == "KLAC" and args["beta"] == 0 else args["algorithm"],
+        "algorithm": label(args),
         "seed": args["seed"],
         "steps": int(steps[-1]) + 1,
         "budget": total,
@@ -156,7 +183,15 @@ def summarise(name: str, args: dict, scalars: dict, problem: str | None) -> Run:
         with np.errstate(invalid="ignore"):
             curves[quantity] = (np.bincount(place, values, minlength=POINTS) / count).tolist()
     settings = {key: value for key, value in args.items() if key not in FREE}
+    if not (settings.get("bias") and settings["beta"]):  # two spellings of one experiment
+        settings = {key: value for key, value in settings.items() if key not in ("bias", "beta")}
     return Run(name, problem, summary, curves, settings)
+
+
+def label(args: dict) -> str:
+    """SAC, KLAC, KLAC-a, KLAC-b or KLAC-ab by the run's arguments: with beta 0 there is no bias, whatever the flag."""
+    without_bias = {"KLAC": "KLAC-b", "KLAC-a": "KLAC-ab"} if args.get("beta") == 0 else {}
+    return without_bias.get(args["algorithm"], args["algorithm"])
 
 
 def mean(values: np.ndarray) -> float:
@@ -242,8 +277,8 @@ def read_wandb(project: str) -> list[Run]:
 def tables(runs: list[Run], unfinished: bool, say=print) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The summary (a row a run) and the curves (POINTS rows a run) of the runs that can be used. Each other one is said
     by name. Raises ValueError if none is left, or if runs are not to be compared."""
-    used, settings = {}, {}
-    for run in runs:
+    used, settings, tasks = {}, {}, {}
+    for run in sorted(runs, key=lambda run: run.problem is not None):  # of two, the finished one is used
         if run.problem and (run.summary is None or not unfinished):
             say(f"left out: {run.name}: {run.problem}")
             continue
@@ -256,15 +291,16 @@ def tables(runs: list[Run], unfinished: bool, say=print) -> tuple[pd.DataFrame, 
         first = settings.setdefault((task, algorithm), run)
         if different := [key for key, value in first.settings.items() if run.settings.get(key) != value]:
             raise ValueError(f"{run.name} is another experiment than {first.name}: {', '.join(different)} differ")
+        # Algorithms differ in flags of their own; what they share must be the same on a task
+        other = tasks.setdefault(task, run)
+        common = (run.settings.keys() & other.settings.keys()) - KLACS_OWN
+        if different := sorted(key for key in common if run.settings[key] != other.settings[key]):
+            raise ValueError(f"{run.name} is not to be compared with {other.name}: {', '.join(different)} differ")
         used[task, algorithm, seed] = run
     if not used:
         raise ValueError("no run is left to draw")
     ordered = [used[key] for key in sorted(used)]
     summary = pd.DataFrame([run.summary for run in ordered])
-    for task, rows in summary.groupby("task"):
-        if rows["budget"].nunique() > 1:
-            budgets = rows.groupby("algorithm")["budget"].max().to_dict()
-            raise ValueError(f"the runs of {task} have different budgets, and are not to be compared: {budgets}")
     labels = ["task", "algorithm", "seed"]
     curves = pd.concat([pd.DataFrame({**{k: r.summary[k] for k in labels}, **r.curves}) for r in ordered])
     return summary, curves.reset_index(drop=True)

@@ -53,15 +53,16 @@ def profile_interval(samples: Sequence[np.ndarray], thresholds: np.ndarray, seed
 
 
 def normalise(summary) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
-    """{algorithm: {task: normalised scores (n,)}}, and the tasks left out because SAC has no run of them. A score is
-    (score - random) / (SAC's mean score - random), per task; random is the mean of all runs' warm-up episodes."""
+    """{algorithm: {task: normalised scores (n,)}}, and the tasks left out, in which SAC has no run or none above random.
+    A score is (score - random) / (SAC's mean score - random), per task; random is the mean of all runs' warm-up
+    episodes. Both are taken as known: the intervals leave out their own uncertainty."""
     scores, left_out = {}, []
     for task, rows in summary.groupby("task"):
         sac = rows.loc[rows["algorithm"] == "SAC", "score"]
-        if sac.empty:
+        random = rows["random"].mean()
+        if not sac.mean() > random:  # nor if there is none, or no warm-up
             left_out.append(task)
             continue
-        random = rows["random"].mean()
         for algorithm, group in rows.groupby("algorithm"):
             values = (group["score"].to_numpy() - random) / (sac.mean() - random)
             scores.setdefault(algorithm, {})[task] = values

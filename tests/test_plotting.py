@@ -54,6 +54,21 @@ def test_scalars_are_those_that_tensorboard_reads():
     assert scalars.keys() == {"a", "charts/episodic_return", "x" * 99, "x" * 101}
 
 
+def test_a_single_flipped_bit_is_damage():
+    writer = SummaryWriter("run")
+    for step in range(100):
+        writer.add_scalar("a", step, step)
+    writer.close()
+    (path,) = Path("run").iterdir()
+    content = bytearray(path.read_bytes())
+    place = content.index(np.float32(70).tobytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    scalars, sound = runs.read_scalars(Path("run"))
+    assert not sound
+    assert scalars["a"][0].tolist() == list(range(70))
+
+
 def test_what_a_resumed_run_took_back_is_not_read():
     for first, last, purge in ((0, 50, None), (30, 70, 30), (60, 100, 60)):
         writer = SummaryWriter("run", purge_step=purge, filename_suffix=f".{first}")
@@ -64,6 +79,14 @@ def test_what_a_resumed_run_took_back_is_not_read():
     scalars = agrees_with_tensorboard(Path("run"))
     assert scalars["a"][0].tolist() == list(range(100))
     np.testing.assert_allclose(scalars["a"][1][[29, 30, 59, 60]], [0.029, 30.03, 30.059, 60.06], rtol=1e-6)
+
+
+def test_a_run_that_has_taken_everything_back_is_too_short():
+    run_dir = short_run(sac_discrete, 1, "run")
+    (run_dir / "actor.pt").unlink()
+    time.sleep(1.01)
+    SummaryWriter(run_dir, purge_step=0).close()
+    assert runs.read_run(run_dir).problem.startswith("too short")
 
 
 def short_run(module, seed, name, env_id="Walk-v0", **flags):
@@ -101,7 +124,7 @@ def test_a_row_and_a_curve_are_what_was_logged(scalars):
 
 
 @pytest.mark.parametrize(("flags", "label"), [
-    ({}, "KLAC"), ({"bias": False}, "KLAC-b"), ({"beta": 0.0}, "KLAC-b"),
+    ({}, "KLAC"), ({"bias": False}, "KLAC-b"), ({"beta": 0.0}, "KLAC-b"), ({"beta": 0.0, "anneal": False}, "KLAC-ab"),
     ({"anneal": False}, "KLAC-a"), ({"anneal": False, "bias": False}, "KLAC-ab"),
 ])  # fmt: skip
 def test_labels_come_from_the_arguments(flags, label):
@@ -149,7 +172,17 @@ def test_runs_that_are_not_to_be_compared_are_refused(capsys):
     assert "left out: twin: the same task, algorithm and seed as first" in capsys.readouterr().out
     with pytest.raises(ValueError, match="gamma differ"):
         runs.tables([first, runs.read_run(short_run(sac_discrete, 2, "other", gamma=0.9))], False)
-    with pytest.raises(ValueError, match="different budgets"):
+    with pytest.raises(ValueError, match="not to be compared with first: gamma differ"):
+        runs.tables([first, runs.read_run(short_run(klac_discrete, 1, "other-klac", gamma=0.9))], False)
+    pair = [runs.read_run(short_run(klac_discrete, 1, "flag", bias=False)),
+            runs.read_run(short_run(klac_discrete, 2, "zero", beta=0.0))]  # fmt: skip
+    assert len(runs.tables([*pair, first], False)[0]) == 3  # the same experiment in two spellings
+    shutil.copytree("runs/first", "runs/copy")
+    Path("runs/copy/actor.pt").unlink()
+    unfinished = runs.read_run(Path("runs/copy"))
+    runs.tables([unfinished, first], True)
+    assert "left out: copy: the same task, algorithm and seed as first" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="total_timesteps differ"):
         runs.tables([first, runs.read_run(short_run(klac_discrete, 1, "longer", total_timesteps=700))], False)
 
 

@@ -116,7 +116,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_keeps_the_one_before(scalars,
 
     for number, step in ((1, None), (3, 80), (2, 120)):
         assert in_a_child(lambda n=number: train_and_die_in_save(n)) == -signal.SIGKILL
-        assert Path("runs/killed/checkpoint.partial").read_bytes() == b"half of a checkpoint"
+        assert Path("runs/killed/partial").read_bytes() == b"half of a checkpoint"
         state = sac_discrete.load(Path("runs/killed"))
         assert (state is None) if step is None else state["step"] >= step
     assert in_a_child(lambda: sac_discrete.train(args)) == 0
@@ -135,7 +135,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(scalars):
 
     assert in_a_child(train_on_a_full_disk) == 0
     assert errors.read_text().count("runs/full/checkpoint.pt: not written") in range(10, 20)
-    assert not list(Path("runs/full").glob("checkpoint*"))
+    assert not {"partial", "checkpoint.pt"} & {path.name for path in Path("runs/full").iterdir()}
     same_run(scalars, whole, Path("runs/full"))
 
 
@@ -233,6 +233,31 @@ def test_a_file_from_a_stranger_runs_no_code(run_script, flag):
     assert Path("owned").exists()
 
 
+def test_flags_are_compared_before_the_first_checkpoint_too(run_script):
+    args = sac_discrete.Args(env_id="Walk-v0", resume=True, run_name="begun", **TINY | {"checkpoint_interval": 10**6})
+    code = in_a_child(lambda: sac_discrete.train(args), lambda: any(Path().glob("runs/begun/*tfevents*")))
+    assert code == -signal.SIGKILL
+    before = {file: file.read_bytes() for file in Path("runs/begun").iterdir()}
+    flags = ["--run-name", "begun", "--resume", *FLAGS, "--checkpoint-interval", "1000000"]
+    for change, word in ((["--env-id", "Walk-v0", "--gamma", "0.9"], "--gamma 0.99, not 0.9"),
+                         (["--env-id", "Catch-v0"], "--env-id Walk-v0, not Catch-v0")):  # fmt: skip
+        code, _, err = run_script("sac_discrete", *flags, *change)
+        assert (code, err.count("\n")) == (2, 1)
+        assert word in err
+    assert {file: file.read_bytes() for file in Path("runs/begun").iterdir()} == before
+    Path("runs/begun/args.json").write_text("{")  # killed while it wrote this
+    assert run_script("sac_discrete", *flags, "--env-id", "Walk-v0")[0] == 0
+
+
+def test_a_run_killed_between_its_last_two_steps_is_tidied(scalars):
+    args = unfinished(sac_discrete)
+    checkpoint = Path("runs/unfinished/checkpoint.pt").read_bytes()
+    sac_discrete.train(args)
+    Path("runs/unfinished/checkpoint.pt").write_bytes(checkpoint)  # as if killed before it was removed
+    sac_discrete.train(args)
+    assert not Path("runs/unfinished/checkpoint.pt").exists()
+
+
 def test_another_file_is_no_run(run_script):
     Path("runs/odd").mkdir(parents=True)
     torch.save({"weights": torch.zeros(3)}, "runs/odd/actor.pt")
@@ -262,10 +287,12 @@ def test_changed_flags_are_refused_by_name(run_script):
     assert "finished" in err
 
 
-def test_the_first_step_after_a_resume_may_be_logged():
-    """The speed is over the steps since the resume, of which there is one by then."""
+def test_the_first_step_after_a_resume_has_a_speed(scalars):
+    """It is over the steps since the resume, of which there is one by then."""
     args = unfinished(sac_discrete, update_frequency=1, log_interval=1)
-    sac_discrete.train(args)
+    step = sac_discrete.load(Path("runs/unfinished"))["step"]
+    time.sleep(1)
+    assert dict(scalars(sac_discrete.train(args))["charts/SPS"])[step] > 0
 
 
 @pytest.mark.parametrize(("module", "flags"), [(sac_discrete, {}), (klac_discrete, {"anneal_timesteps": 700})])
@@ -371,6 +398,10 @@ def test_a_saved_run_is_evaluated_from_its_folder_alone(run_script, capsys, name
         ]
     assert outputs[0] == outputs[1] != outputs[2]
     assert {file: file.read_bytes() for file in run_dir.iterdir()} == before
+    saved = torch.load(run_dir / "actor.pt", weights_only=True)  # the run's own flags hold, not this call's
+    saved["args"]["batch_size"] = 5
+    torch.save(saved, run_dir / "actor.pt")
+    assert run_script(name, "--evaluate", "runs/it", "--eval-episodes", "3", "--buffer-size", "1") == outputs[0]
     code, _, err = run_script(name, "--evaluate", "runs/none")
     assert (code, err.count("\n")) == (2, 1)
 
