@@ -97,7 +97,7 @@ class Args:
     """learn the temperature, so that the policy's entropy meets its target"""
     bias: bool = True
     """add beta to the reward in the critic's target"""
-    beta: float = 0.01
+    beta: float = 0.1
     """the uniform reward bias"""
     anneal: bool = True
     """anneal the target from p_start to p_end (--no-anneal: SAC's target entropy of 0.89 log n)"""
