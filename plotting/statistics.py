@@ -53,7 +53,7 @@ def profile_interval(samples: Sequence[np.ndarray], thresholds: np.ndarray, seed
 
 
 def normalise(summary) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
-    """{algorithm: {task: normalised scores (n,)}}, and the tasks left out, in which SAC has no run or none above random.
+    """{algorithm: {task: normalised scores (n,)}}, and the tasks left out, where SAC has no run or none above random.
     A score is (score - random) / (SAC's mean score - random), per task; random is the mean of all runs' warm-up
     episodes. Both are taken as known: the intervals leave out their own uncertainty."""
     scores, left_out = {}, []
