@@ -44,7 +44,7 @@ echo "${#todo[@]} runs to do, of $(grep -vc '^ *\(#\|$\)' "$list")"
 # A run of the list: its output to its log; its name to the list of failures unless it was stopped by a signal
 one() {
   local name code=0
-  name=$(sed -n 's/.*--run-name \([^ ]*\).*/\1/p' <<<"$1")
+  name=$(name_of "$1")
   # in the background and waited for, so that a signal reaches the run at once
   bash -c "exec $1" >>"$LOGS/$name.log" 2>&1 &
   trap 'kill -TERM $! 2>/dev/null' TERM INT
@@ -55,7 +55,7 @@ one() {
   echo "$(date +%T) $name: $(((code == 0)) && echo finished || echo "exit code $code")"
   return $code
 }
-export -f one
+export -f one name_of
 export LOGS=$logs FAILED=$failed OMP_NUM_THREADS=1
 stopped=0
 if ((${#todo[@]})); then

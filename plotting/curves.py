@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
 
-from plotting.runs import FREE, QUANTITIES, label, read_scalars
+from plotting.runs import FREE, QUANTITIES, label, markdown, read_scalars
 
 NAMES = {
     "return": "episodic return",
@@ -149,9 +149,7 @@ def main(args: Args) -> None:
         summary.to_csv(args.out / "summary.csv", index=False, float_format="%.4g")
     curves, summary = pd.read_csv(args.out / "curves.csv"), pd.read_csv(args.out / "summary.csv")
     draw(curves, summary, args.show, args.out / "curves.png")
-    rows = [list(summary.columns), ["-"] * len(summary.columns)]
-    rows += [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in summary.itertuples(index=False)]
-    print("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    print(markdown(summary))
 
 
 if __name__ == "__main__":

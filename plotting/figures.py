@@ -25,7 +25,7 @@ import pandas as pd
 import scipy.stats
 import tyro
 
-from plotting.runs import read_folders, read_wandb, tables
+from plotting.runs import markdown, read_folders, read_wandb, tables
 from plotting.statistics import AGGREGATES, interval, normalise, performance_profile, profile_interval
 
 MUJOCO = ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5", "Swimmer-v5"]
@@ -234,11 +234,8 @@ def main(args: Args) -> None:
         numbers.to_csv(args.out / f"figure{number}.csv", index=False, float_format="%.5g")
     rows = table(summary)
     rows.to_csv(args.out / "table.csv", index=False, float_format="%.5g")
-    lines = [list(rows.columns), ["-"] * len(rows.columns)]
-    lines += [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in rows.itertuples(index=False)]
-    markdown = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    (args.out / "table.md").write_text(markdown + "\n")
-    print(markdown)
+    (args.out / "table.md").write_text(markdown(rows) + "\n")
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

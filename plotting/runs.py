@@ -29,17 +29,8 @@ QUANTITIES = {
 }
 # Runs of one task and algorithm may differ in these and still be seeds of one experiment
 FREE = {"seed", "run_name", "exp_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "cuda"}
-FREE |= {
-    "env_id",
-    "algorithm",
-    "compile",
-    "resume",
-    "checkpoint_interval",
-    "evaluate",
-    "eval_episodes",
-    "log_interval",
-    "torch_deterministic",
-}
+FREE |= {"env_id", "algorithm", "compile", "resume", "checkpoint_interval", "evaluate", "eval_episodes"}
+FREE |= {"log_interval", "torch_deterministic"}
 KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps", "reference"}
 VERSION = 1  # of what is cached
 
@@ -304,3 +295,10 @@ def tables(runs: list[Run], unfinished: bool, say=print) -> tuple[pd.DataFrame, 
     labels = ["task", "algorithm", "seed"]
     curves = pd.concat([pd.DataFrame({**{k: r.summary[k] for k in labels}, **r.curves}) for r in ordered])
     return summary, curves.reset_index(drop=True)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The table in Markdown, numbers to three digits."""
+    rows = [list(table.columns), ["-"] * len(table.columns)]
+    rows += [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in table.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
