@@ -1,7 +1,7 @@
 """Reads runs, from their folders or from W&B, into two tidy tables: a row a run, and a row a point of its curves.
 
-TensorBoard's own reader took ten times as long on a run of 73,000 events, and a 3M-step run has more; this one finds the
-records of a file first and then decodes all records of one layout at once. Its tests compare it with TensorBoard's.
+TensorBoard's own reader took ten times as long on a run of 73,000 events, and a 3M-step run has more: this one finds
+the records of a file first and then decodes all records of one layout at once. Its tests compare it with TensorBoard's.
 """
 
 import hashlib
