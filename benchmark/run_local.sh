@@ -5,7 +5,8 @@
 #
 # Lines whose run is finished (runs/NAME/actor.pt) are left out. A run that fails is named and not tried again until
 # --retry-failed. Logs are in campaign.txt.logs/NAME.log, GNU parallel's own in campaign.txt.joblog, failures in
-# campaign.txt.failed. Ctrl-C lets every run save itself. The exit status is 1 if any run failed, 130 after Ctrl-C.
+# campaign.txt.failed. Ctrl-C lets every run save itself. The exit status is 1 if any run failed or was killed, 130 after
+# Ctrl-C.
 set -euo pipefail
 
 fail() { echo "run_local.sh: $1" >&2; exit 2; }
@@ -16,7 +17,7 @@ while (($#)); do
     --workers) (($# > 1)) || fail "--workers: needs a number"; workers=$2; shift ;;
     --retry-failed) retry=1 ;;
     --) shift; extra=("$@"); break ;;
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit ;;
     -*) fail "$1: no such option; see --help" ;;
     *) [[ -z $list ]] || fail "$1: one list at a time"; list=$1 ;;
   esac
@@ -25,8 +26,8 @@ done
 [[ -n $list && -r $list ]] || fail "${list:-LIST}: must be a readable list of commands, as benchmark/campaign.sh prints it"
 [[ $workers =~ ^[1-9][0-9]*$ ]] || fail "--workers $workers: must be a positive number"
 command -v parallel >/dev/null || fail "GNU parallel is not installed (Debian: apt install parallel)"
-exec 9>"$list.lock"
-flock -n 9 || fail "$list: already being run"
+exec 9>>"$list.lock" # inherited by every run: what a killed driver left going is not run twice
+flock -n 9 || { session=$(<"$list.lock"); fail "$list: already being run (to stop it: pkill -s $session 'parallel|python')"; }
 
 name_of() { sed -n 's/.*--run-name \([^ ]*\).*/\1/p' <<<"$1"; }
 logs=$list.logs failed=$list.failed todo=()
@@ -65,6 +66,7 @@ if ((${#todo[@]})); then
   # parallel is in the background for the traps to run; a minute for every run to save itself, then no mercy
   printf '%s\n' "${todo[@]}" | setsid parallel --jobs "$workers" --joblog "+$list.joblog" "${progress[@]}" --line-buffer \
     --termseq TERM,60000,KILL,25 "${extra[@]}" one &
+  echo $! >"$list.lock" # parallel leads a session of its own
   while kill -0 $! 2>/dev/null; do
     wait $! || true
     if ((stopped == 1)); then
@@ -73,10 +75,15 @@ if ((${#todo[@]})); then
     fi
   done
 fi
+killed=()
+for line in "${todo[@]}"; do
+  name=$(name_of "$line")
+  [[ -e runs/$name/actor.pt ]] || grep -qxF "$name" "$failed" || killed+=("$name")
+done
 if [[ -s $failed ]]; then
   echo "failed (see $logs/NAME.log; --retry-failed tries them again):" >&2
   sort -u "$failed" >&2
 fi
 ((stopped)) && exit 130
-[[ -s $failed ]] && exit 1
-exit 0
+((${#killed[@]} == 0)) || printf '%s\n' "killed (the same command goes on with them):" "${killed[@]}" >&2
+[[ ! -s $failed && ${#killed[@]} == 0 ]]

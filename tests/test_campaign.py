@@ -1,11 +1,14 @@
 """The campaign's list, and the driver that runs a list on one machine."""
 
 import collections
+import itertools
 import os
+import random
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -73,7 +76,19 @@ def test_what_the_list_does_not_know_is_refused(flags):
     assert result.stderr.startswith("campaign.sh: ")
 
 
-needs_parallel = pytest.mark.skipif(not shutil.which("parallel"), reason="GNU parallel is not installed")
+
+
+def has(command, *packages):
+    """Whether the command is there, once it has been installed if KLAC_TESTS_INSTALL allows that and root asks."""
+    if not shutil.which(command) and os.environ.get("KLAC_TESTS_INSTALL") and os.getuid() == 0 and shutil.which("apt-get"):
+        subprocess.run(["apt-get", "install", "--yes", "-qq", "--no-install-recommends", *packages],
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, check=False)  # fmt: skip
+    return shutil.which(command)
+
+
+needs_parallel = pytest.mark.skipif(
+    not has("parallel", "parallel"), reason="GNU parallel is not installed (root's KLAC_TESTS_INSTALL=1 installs it)"
+)
 FAKE = """
 name=${run#--run-name }
 mkdir -p "runs/$name"
@@ -168,3 +183,83 @@ def test_wrong_calls_of_the_driver_are_one_line(flags, word):
     missing = subprocess.run([ROOT / "benchmark/run_local.sh", "none"], capture_output=True, text=True, check=False)
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
     assert not Path("runs").exists()
+
+
+def real_list(monkeypatch, n=2):
+    """Writes a list of n short real runs of each discrete script, and runs each undisturbed under another name."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    lines = []
+    for name, seed in itertools.product(("sac_discrete", "klac_discrete"), range(1, n + 1)):
+        shutil.copy(ROOT / f"{name}.py", ".")
+        line = f"python {name}.py --env-id CartPole-v1 --total-timesteps 3000 --learning-starts 500 --eval-episodes 2"
+        lines.append(f"{line} --checkpoint-interval 300 --log-interval 20 --seed {seed} --run-name {name}-{seed} --resume")
+    Path("undisturbed").mkdir()
+    for line in lines:
+        subprocess.run(shlex.split(line.replace("python ", "python ../")), cwd="undisturbed", check=True, capture_output=True)
+    Path("list.txt").write_text("\n".join(lines) + "\n")
+
+
+def same_as_undisturbed(scalars):
+    runs = sorted(Path("undisturbed/runs").iterdir())
+    assert [run.name for run in runs] == sorted(path.name for path in Path("runs").iterdir())
+    for run in runs:
+        expected, got = scalars(run), scalars(Path("runs", run.name))
+        for tags in (expected, got):
+            tags.pop("charts/SPS")
+        assert got == expected, run.name
+
+
+@needs_parallel
+def test_real_runs_whose_driver_workers_and_machine_are_killed_end_as_if_they_were_not(scalars, monkeypatch):
+    real_list(monkeypatch)
+    rng = random.Random(0)
+    for victim in ("driver", "machine", "worker"):
+        driver = subprocess.Popen([ROOT / "benchmark/run_local.sh", "list.txt", "--workers", "2"],
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        while not list(Path("runs").glob("*/checkpoint.pt")):
+            assert driver.poll() is None
+            time.sleep(0.01)
+        time.sleep(rng.random())
+        session = Path("list.txt.lock").read_text().strip()
+        if victim == "worker":
+            subprocess.run(["pkill", "-KILL", "-s", session, "--oldest", "python"], check=True)
+            _, err = driver.communicate(timeout=120)
+            assert driver.returncode == 1
+            killed = err.split("killed (the same command goes on with them):\n")[1].split()
+            assert [run for run in os.listdir("undisturbed/runs") if not Path("runs", run, "actor.pt").exists()] == killed
+            continue
+        driver.kill()
+        driver.wait()
+        if victim == "driver":
+            second = drive()
+            assert (second.returncode, second.stderr.count("\n")) == (2, 1)
+            advice = second.stderr.split("already being run (to stop it: ")[1].rstrip(")\n")
+            subprocess.run(shlex.split(advice), check=True)
+        else:
+            subprocess.run(["pkill", "-KILL", "-s", session], check=True)
+        while subprocess.run(["pgrep", "-s", session], capture_output=True, check=False).stdout:
+            time.sleep(0.05)
+    result = drive("--workers", "2")
+    assert result.returncode == 0, result.stderr
+    same_as_undisturbed(scalars)
+
+
+@needs_parallel
+def test_real_runs_on_a_full_disk_fail_and_end_as_if_it_had_not_been_once_there_is_room(scalars, monkeypatch):
+    Path("runs").mkdir()
+    small = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "runs"]
+    if os.getuid() != 0 or subprocess.run(small, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        real_list(monkeypatch)
+        result = drive("--workers", "2")
+        assert result.returncode == 1
+        assert result.stderr.startswith("failed")
+        assert "No space left on device" in Path("list.txt.logs/klac_discrete-2.log").read_text()
+        subprocess.run(["mount", "-o", "remount,size=100m", "runs"], check=True)
+        result = drive("--workers", "2", "--retry-failed")
+        assert result.returncode == 0, result.stderr
+        same_as_undisturbed(scalars)
+    finally:
+        subprocess.run(["umount", "runs"], check=True)
