@@ -1,5 +1,6 @@
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -32,6 +33,10 @@ def _empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tests.envs.register()
     torch.set_num_threads(1)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():  # a script that was run in this process has set its own
+        signal.signal(number, handler)
 
 
 @pytest.fixture

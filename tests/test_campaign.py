@@ -76,13 +76,12 @@ def test_what_the_list_does_not_know_is_refused(flags):
     assert result.stderr.startswith("campaign.sh: ")
 
 
-
-
 def has(command, *packages):
     """Whether the command is there, once it has been installed if KLAC_TESTS_INSTALL allows that and root asks."""
-    if not shutil.which(command) and os.environ.get("KLAC_TESTS_INSTALL") and os.getuid() == 0 and shutil.which("apt-get"):
-        subprocess.run(["apt-get", "install", "--yes", "-qq", "--no-install-recommends", *packages],
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, check=False)  # fmt: skip
+    may_install = os.environ.get("KLAC_TESTS_INSTALL") and os.getuid() == 0 and shutil.which("apt-get")
+    if may_install and not shutil.which(command):
+        apt = ["apt-get", "--yes", "-qq", "-o", "DPkg::Lock::Timeout=120", "install", "--no-install-recommends"]
+        subprocess.run([*apt, *packages], stdin=subprocess.DEVNULL, capture_output=True, check=False)
     return shutil.which(command)
 
 
@@ -193,10 +192,14 @@ def real_list(monkeypatch, n=2):
     for name, seed in itertools.product(("sac_discrete", "klac_discrete"), range(1, n + 1)):
         shutil.copy(ROOT / f"{name}.py", ".")
         line = f"python {name}.py --env-id CartPole-v1 --total-timesteps 3000 --learning-starts 500 --eval-episodes 2"
-        lines.append(f"{line} --checkpoint-interval 300 --log-interval 20 --seed {seed} --run-name {name}-{seed} --resume")
+        lines.append(
+            f"{line} --checkpoint-interval 300 --log-interval 20 --seed {seed} --run-name {name}-{seed} --resume"
+        )
     Path("undisturbed").mkdir()
     for line in lines:
-        subprocess.run(shlex.split(line.replace("python ", "python ../")), cwd="undisturbed", check=True, capture_output=True)
+        subprocess.run(
+            shlex.split(line.replace("python ", "python ../")), cwd="undisturbed", check=True, capture_output=True
+        )
     Path("list.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -227,7 +230,9 @@ def test_real_runs_whose_driver_workers_and_machine_are_killed_end_as_if_they_we
             _, err = driver.communicate(timeout=120)
             assert driver.returncode == 1
             killed = err.split("killed (the same command goes on with them):\n")[1].split()
-            assert [run for run in os.listdir("undisturbed/runs") if not Path("runs", run, "actor.pt").exists()] == killed
+            assert [
+                run for run in os.listdir("undisturbed/runs") if not Path("runs", run, "actor.pt").exists()
+            ] == killed
             continue
         driver.kill()
         driver.wait()
