@@ -91,8 +91,8 @@ needs_parallel = pytest.mark.skipif(
 FAKE = """
 name=${run#--run-name }
 mkdir -p "runs/$name"
-echo "start $$" >> "runs/$name/log"
 trap 'echo saved >> "runs/$name/log"; exit 143' TERM
+echo "start $$" >> "runs/$name/log"
 for i in $(seq $steps); do sleep 0.1; done
 [ "$bad" ] && exit 3
 touch "runs/$name/actor.pt"
@@ -144,7 +144,7 @@ def test_a_list_is_run_and_failures_are_named_and_retried_on_request():
 
 @needs_parallel
 def test_ctrl_c_lets_every_run_save_itself_and_the_same_command_goes_on():
-    write_list(steps=15)
+    write_list(steps=30)
     driver = subprocess.Popen([ROOT / "benchmark/run_local.sh", "list.txt", "--workers", "2"], stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, text=True)  # fmt: skip
     while len(logs()) < 3:
@@ -163,6 +163,7 @@ def test_ctrl_c_lets_every_run_save_itself_and_the_same_command_goes_on():
         assert last == "saved"
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid), 0)
+    write_list(steps=1)
     result = drive("--workers", "6")
     assert result.returncode == 0, result.stderr
     assert all(log[-1] == "done" and log.count("done") == 1 for log in logs().values())

@@ -311,3 +311,35 @@ def test_the_projection_is_boltzmanns_for_huge_values():
     log_pi = boltzmann(np.array([[1e6, 0.0, -1e6]]), np.log([[0.2, 0.3, 0.5]]), 1e-6)
     assert np.exp(log_pi[0]).tolist() == [1.0, 0.0, 0.0]
     assert np.isfinite(log_pi).all()
+
+
+def test_klacs_fixed_point_need_not_be_the_only_one():
+    """A step to a state whose right action, one of 11, pays 1 and leads back: acting at random there is worth so
+    little that there is no reason to go or to act otherwise; once it is worth much, there is none to stop."""
+    P, r, log_m = np.zeros((2, 2, 2)), np.zeros((2, 2)), np.zeros((2, 2))
+    P[0, 1, 1] = P[1, 0, 0] = r[1, 0] = 1
+    log_m[1, 1] = np.log(10)
+    mdp = MDP("two fixed points", P, r, np.array([1.0, 0.0]), log_m, 0.99)
+    for begin, expected in ((None, 0.157), (np.log([[1e-9, 1 - 1e-9], [1 - 1e-9, 1e-9]]), 49.749)):
+        solution = kl_policy_iteration(mdp, 1.0, log_m, begin)
+        assert solution.residual <= 1e-9
+        assert solution.value[0] == pytest.approx(expected, abs=1e-3)
+        pi = np.exp(solution.log_pi)  # by hand: w exp(Q / alpha) / Z with Q of the value that it has
+        np.testing.assert_allclose(pi[0, 1], scipy.special.expit(0.99 * solution.value[1]), atol=1e-8)
+        np.testing.assert_allclose(pi[1, 0], scipy.special.expit(1 + 0.99 * solution.value[0] - np.log(10)), atol=1e-8)
+    assert soft_policy_iteration(mdp, 1.0, log_m).value[0] > 49
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("env_id", "alpha"), [("StayOrExit-v0", 0.05), ("Bifurcation-v0", 0.1)])
+@pytest.mark.parametrize(("name", "flags"), [("sac_discrete", []), ("klac_discrete", ["--no-bias"])])
+def test_what_the_deep_scripts_learn_is_the_exact_solution(name, flags, env_id, alpha, run_script, scalars):
+    flags = [*flags, "--env-id", f"tabular:{env_id}", "--no-autotune", "--alpha", alpha, "--run-name", "run"]
+    flags += ["--total-timesteps", 40_000, "--learning-starts", 1000, "--target-network-frequency", 100]
+    assert run_script(name, *flags)[0] == 0
+    logged = scalars(Path("runs/run"))
+    episodes = zip(logged["charts/episodic_return"], logged["charts/episodic_length"], strict=True)
+    learned = np.mean([0.99 ** ((n - 1) * (env_id[0] == "S")) * r for (step, r), (_, n) in episodes if step > 36_000])
+    mdp = gym.make(f"tabular:{env_id}").unwrapped.mdp
+    exact = SOLVERS[name.split("_")[0].upper()](mdp, alpha, mdp.log_m).value[0]
+    assert learned == pytest.approx(exact, abs=0.06)
