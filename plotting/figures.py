@@ -38,6 +38,7 @@ STYLES = {
     "KLAC-a": ("#009E73", "-."),
     "KLAC-b": ("#CC79A7", ":"),
     "KLAC-ab": ("#E69F00", (0, (5, 1))),
+    "SAC-AdaEnt": ("#56B4E9", (0, (1, 1))),
 }
 SMOOTHING = 9  # points of a curve (of 200) that are averaged into one
 

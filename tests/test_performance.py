@@ -51,7 +51,8 @@ def test_updates_go_through_onednn_and_acting_does_not(conversions, name):
     module = importlib.import_module(name)
     flags = {"env_id": SCRIPTS[name][0], "total_timesteps": 80, "learning_starts": 40, "batch_size": 16}
     module.train(module.Args(**flags, buffer_size=80, eval_episodes=1))
-    assert set(Counter(shape[0] for shape in conversions)) == {16}
+    samples = {128} if "adaent" in name else set()  # 8 actions a state
+    assert set(Counter(shape[0] for shape in conversions)) == {16} | samples
 
 
 def losses_of(module, compiled, **flags):

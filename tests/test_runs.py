@@ -33,6 +33,7 @@ SCRIPTS = {
     "sac_discrete": ("Walk-v0", "Breakout-v1"),
     "klac_continuous": ("Drift-v0", "Pendulum-v1"),
     "sac_continuous": ("Drift-v0", "Pendulum-v1"),
+    "sac_adaent_continuous": ("Drift-v0", "Pendulum-v1"),
 }
 GAMES = ["Breakout-v1", "Asterix-v1", "Seaquest-v1", "Freeway-v1", "SpaceInvaders-v1"]
 SHORT = ["--total-timesteps", "400", "--learning-starts", "100", "--target-network-frequency", "50"]
@@ -101,13 +102,16 @@ def test_every_scalar_of_a_run_is_logged(run_script, scalars, name):
     policy += " target_exploit_probability" * name.startswith("klac")
     expected = {f"losses/{x}" for x in losses.split()} | {f"policy/{x}" for x in policy.split()}
     expected |= {f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS", "q_minus_return")}
+    if "adaent" in name:
+        expected |= {"losses/plain_qf1_loss", "losses/plain_qf1_values", "adaent/similarity", "adaent/plain_share"}
     assert set(logged) == expected | {"eval/episodic_return"}
     steps = [152, 200, 252, 300, 352] if name.endswith("discrete") else [150, 200, 250, 300, 350]
     assert [step for step, _ in logged["losses/alpha"]] == steps
     lengths = [length for _, length in logged["charts/episodic_length"]]
     assert np.cumsum(lengths).tolist() == [step + 1 for step, _ in logged["charts/episodic_length"]]
     config = json.loads(Path("runs/mine/args.json").read_text())
-    assert config["algorithm"] == ("KLAC" if name.startswith("klac") else "SAC")
+    label = "SAC-AdaEnt" if "adaent" in name else name.split("_")[0].upper()
+    assert config["algorithm"] == label
     assert config["env_id"] == SCRIPTS[name][0]
     saved = torch.load("runs/mine/actor.pt", weights_only=True)
     assert saved["args"].items() <= config.items()

@@ -1,0 +1,637 @@
+"""SAC-AdaEnt (SAC with adaptive entropy) for continuous actions, in one file (Zhang, Chang and Gao, 2025).
+
+SAC's critic can mislead its actor where precision matters: the entropy that it is paid for drowns the reward. A second,
+plain twin critic learns the true return, and the actor follows it in the states where the two disagree on what is good:
+
+    critic        y = r + gamma (1 - terminated) [min_i Q_i'(s', a') - alpha log pi], a' ~ pi
+    plain critic  y = r + gamma (1 - terminated) min_i P_i'(s', a'), of the same a'
+    similarity    of the vectors Q(s) and P(s) over sampled actions, by their cosine
+    actor         E_{a ~ pi}[alpha log pi - Q], with P for Q in states whose similarity is at most a threshold
+    temperature   alpha (H - H*), which holds the entropy H at H* = -d
+
+With a threshold below -1 this is SAC, from 1 on KLAC-ab. docs/algorithms.md lists what the poster leaves open.
+"""
+
+import copy
+import difflib
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from collections import deque, namedtuple
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    """name of this experiment, part of the run's name"""
+    run_name: str | None = None
+    """folder of this run under runs/ (default: {env_id}__{exp_name}__{seed}__{timestamp})"""
+    resume: bool = False
+    """go on from the last checkpoint, if there is one (without --run-name: of the latest run of this task and seed)"""
+    checkpoint_interval: int = 100_000
+    """steps between two checkpoints, each written at the end of an episode"""
+    evaluate: str | None = None
+    """train nothing, but play --eval-episodes episodes of this run (its folder), deterministic and stochastic"""
+    seed: int = 1
+    """seed of the weights, the actions, the replay samples and every episode"""
+    torch_deterministic: bool = True
+    """make cuDNN deterministic (the CPU always is)"""
+    cuda: bool = True
+    """use a GPU where there is one"""
+    compile: bool = False
+    """compile target and losses (CUDA graphs on a GPU, a C++ compiler on a CPU); the first updates take a minute"""
+    track: bool = False
+    """send the run to Weights & Biases as well (WANDB_MODE=offline needs no login)"""
+    wandb_project_name: str = "klac"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B team or user"""
+    capture_video: bool = False
+    """record clips of 300 frames, from training and evaluation, into the run's folder"""
+    log_interval: int = 1_000
+    """steps between two logged values of the losses and of the policy (episodes are logged as they end)"""
+    eval_episodes: int = 10
+    """episodes of the deterministic policy (the mean) played after training"""
+    env_id: str = "HalfCheetah-v5"
+    """any Gymnasium id with bounded continuous actions and flat observations (Hopper-v5, Pendulum-v1, ...)"""
+    total_timesteps: int = 1_000_000
+    """environment steps of the run"""
+    buffer_size: int = 1_000_000
+    """capacity of the replay buffer, in transitions"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """weight of the new parameters in a target network's update (1: copy)"""
+    batch_size: int = 256
+    """transitions in a batch"""
+    learning_starts: int = 5_000
+    """warm-up steps with uniformly random actions, before any update"""
+    policy_lr: float = 3e-4
+    """learning rate of the actor"""
+    q_lr: float = 1e-3
+    """learning rate of the critics and of the temperature"""
+    policy_frequency: int = 2
+    """environment steps per update of actor and temperature, which then take as many steps on that batch"""
+    target_network_frequency: int = 1
+    """environment steps per update of the target networks"""
+    exploit_radius: float = 0.25
+    """half-width r of the exploitation region around the mode, in the environment's action units"""
+    alpha: float = 0.2
+    """temperature with --no-autotune (otherwise alpha starts at 1 and is learned)"""
+    autotune: bool = True
+    """learn the temperature, so that the policy's entropy meets its target"""
+    similarity_threshold: float = 0.5
+    """the actor follows the plain critic in states whose similarity is at most this, in [-1, 1] (below: never)"""
+    similarity_samples: int = 8
+    """actions sampled from the policy in each state, over which the critics are compared"""
+    similarity_centred: bool = True
+    """subtract each critic's mean over the samples before the cosine (--no-similarity-centred: the poster's formula)"""
+    actor_critic: Literal["min", "first"] = "min"
+    """the critic that the actor climbs: the smaller of the twins, or the first (the poster's)"""
+
+
+class UsageError(ValueError):
+    """A flag that cannot work; the message names the flag, its value and what would be valid."""
+
+
+def make_env(env_id: str, render: bool = False) -> gym.Env:
+    """One plain environment. Raises UsageError if it cannot be made."""
+    gym.logger.min_level = gym.logger.ERROR
+    try:
+        env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
+        if render:
+            env.reset(seed=0)
+            env.render()  # fails now rather than in the run
+        return env
+    except Exception as error:  # of Gymnasium, of an imported module, or of the environment itself
+        flags = f"--env-id {env_id}" + " --capture-video" * render
+        known = [] if env_id in gym.registry else gym.registry
+        nearest = ", ".join(difflib.get_close_matches(env_id, known, cutoff=0))
+        raise UsageError(f"{flags}: {error} {'Nearest ids: ' * bool(nearest)}{nearest}") from error
+
+
+def check_args(args: Args, env: gym.Env) -> None:
+    """Raises UsageError on the first flag that cannot work, before anything is written."""
+    obs_space, box = env.observation_space, env.action_space
+    flat, floats = (isinstance(x, gym.spaces.Box) and len(x.shape) == 1 and x.shape[0] > 0 for x in (obs_space, box))
+    if not floats or box.dtype.kind != "f" or not box.is_bounded() or not (box.low < box.high).all():
+        valid = "a bounded float Box of one dimension (sac_discrete.py is the script for discrete ones)"
+        raise UsageError(f"--env-id {args.env_id}: actions must be {valid}, not {box}")
+    if not flat:
+        raise UsageError(f"--env-id {args.env_id}: observations must be flat (one dimension), not {obs_space}")
+    total = args.total_timesteps
+    positive = "total_timesteps buffer_size batch_size policy_frequency target_network_frequency "
+    positive += "policy_lr q_lr log_interval checkpoint_interval eval_episodes exploit_radius"
+    rules = [(x, 0 < getattr(args, x) < 2**62, "positive") for x in positive.split()]
+    rules += [
+        ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
+        ("gamma", 0 <= args.gamma < 1, "in [0, 1)"),
+        ("tau", 0 < args.tau <= 1, "in (0, 1]"),
+        ("alpha", 0 <= args.alpha < math.inf, "at least 0 and finite"),
+        ("batch_size", args.batch_size <= args.buffer_size, f"at most --buffer-size {args.buffer_size}"),
+        ("learning_starts", 0 <= args.learning_starts < total, f"at least 0 and below --total-timesteps {total}"),
+        ("similarity_threshold", math.isfinite(args.similarity_threshold), "finite"),
+        ("similarity_samples", args.similarity_samples > 1, "at least 2"),
+        ("exp_name", args.exp_name == Path(args.exp_name).resolve().name, "a plain folder name"),
+        ("run_name", args.run_name in (None, Path(str(args.run_name)).resolve().name), "a plain folder name"),
+    ]
+    for name, valid, expected in rules:
+        if not valid:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {expected}")
+
+
+preprocess = torch.Tensor.float  # observations as the networks take them
+
+
+class Linear(nn.Linear):
+    """nn.Linear, in eager mode on a CPU by oneDNN: its matrix products are up to twice as fast as the BLAS's on AMD."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cpu and len(x) > 1 and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling():
+            return super().forward(x.to_mkldnn()).to_dense()
+        return super().forward(x)
+
+
+def make_network(inputs: int, outputs: int) -> nn.Sequential:
+    """Maps (B, inputs) to (B, outputs): the actor's Gaussian, or a critic's value."""
+    return nn.Sequential(
+        nn.Linear(inputs, 256), nn.ReLU(inplace=True), Linear(256, 256), nn.ReLU(inplace=True), nn.Linear(256, outputs)
+    )
+
+
+def q_values(critics: nn.ModuleList, obs: torch.Tensor, action: torch.Tensor) -> list[torch.Tensor]:
+    """Each critic's Q(s, a), (B,), of observations (B, obs_dim) and actions (B, d)."""
+    x = torch.cat([obs, action], 1)
+    return [q(x).squeeze(1) for q in critics]
+
+
+class Actor(nn.Module):
+    """A Gaussian squashed by tanh into the action box."""
+
+    def __init__(self, obs_dim: int, box: gym.spaces.Box):
+        super().__init__()
+        self.network = make_network(obs_dim, 2 * box.shape[0])
+        self.register_buffer("scale", torch.as_tensor((box.high - box.low) / 2, dtype=torch.float32), persistent=False)
+        self.register_buffer("centre", torch.as_tensor((box.high + box.low) / 2, dtype=torch.float32), persistent=False)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log standard deviation of the Gaussian before tanh, (B, d) each."""
+        mean, x = self.network(obs).chunk(2, dim=1)
+        return mean, -5 + 3.5 * (torch.tanh(x) + 1)
+
+    def squash(self, u: torch.Tensor) -> torch.Tensor:
+        """The action of u, a point before tanh."""
+        return torch.tanh(u) * self.scale + self.centre
+
+    def log_prob(self, mean: torch.Tensor, log_std: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """log pi(squash(u)|s) in action units, (B,), finite however near the bounds."""
+        log_normal = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u)) + self.scale.log()  # log of d squash / d u
+        return (log_normal - log_slope).sum(1)
+
+    def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Reparametrised actions (B, d), their log pi (B,), and the points u before tanh (B, d)."""
+        mean, log_std = self(obs)
+        u = mean + log_std.exp() * torch.randn_like(mean)
+        return self.squash(u), self.log_prob(mean, log_std, u), u
+
+
+Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, observations in the environment's own dtype (float64 as float32)."""
+
+    def __init__(self, capacity: int, obs_space: gym.Space, action_space: gym.Space, device: torch.device):
+        obs, actions, next_obs = (
+            np.zeros((capacity, *space.shape), np.float32 if space.dtype == np.float64 else space.dtype)
+            for space in (obs_space, action_space, obs_space)
+        )
+        self.columns = Batch(obs, actions, np.zeros(capacity, np.float32), next_obs, np.zeros(capacity, np.float32))
+        self.capacity, self.device, self.added = capacity, device, 0
+
+    def add(self, *transition) -> None:
+        """Stores (obs, action, reward, next_obs, terminated): terminated is False at a time limit."""
+        for column, value in zip(self.columns, transition, strict=True):
+            column[self.added % self.capacity] = value
+        self.added += 1
+
+    def sample(self, batch_size: int, rng: np.random.Generator) -> Batch:
+        """Draws transitions uniformly: obs and next_obs preprocessed, (B, *obs); the other columns (B, ...)."""
+        i = rng.integers(min(self.added, self.capacity), size=batch_size)
+        batch = Batch(*(torch.as_tensor(column[i], device=self.device) for column in self.columns))
+        return batch._replace(obs=preprocess(batch.obs), next_obs=preprocess(batch.next_obs))
+
+    def state_dict(self) -> dict:
+        """The transitions held, by column, and the number added so far: what a checkpoint stores."""
+        filled = min(self.added, self.capacity)
+        return {"added": self.added, "columns": [torch.from_numpy(column[:filled]) for column in self.columns]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes over what `state_dict` of a buffer of the same capacity returned."""
+        self.added = state["added"]
+        for column, saved in zip(self.columns, state["columns"], strict=True):
+            column[: len(saved)] = saved.numpy()
+
+
+def box_log_volume(box: gym.spaces.Box) -> float:
+    """log vol of the action box: the entropy of the uniform policy, in nats."""
+    return float(np.log(np.subtract(box.high, box.low, dtype=np.float64)).sum())
+
+
+def td_targets(batch: Batch, actor: Actor, target_critics, target_plain_critics, gamma: float, alpha: torch.Tensor):
+    """y = r + gamma (1 - terminated) [min_i Q_i'(s', a') - alpha log pi(a'|s')], (B,), with a' ~ pi, and the same with
+    the plain critics in place of Q and without alpha log pi, (B,)."""
+    next_action, log_pi, _ = actor.sample(batch.next_obs)
+    next_v = torch.minimum(*q_values(target_critics, batch.next_obs, next_action)) - alpha * log_pi  # (B,)
+    plain_next_v = torch.minimum(*q_values(target_plain_critics, batch.next_obs, next_action))
+    discount = gamma * (1 - batch.terminations)
+    return batch.rewards + discount * next_v, batch.rewards + discount * plain_next_v
+
+
+def critic_loss(batch: Batch, critics: nn.ModuleList, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Each critic's mean squared error, and its Q(s, a), (B,), for the log."""
+    q1, q2 = q_values(critics, batch.obs, batch.actions)
+    return F.mse_loss(q1, y), F.mse_loss(q2, y), q1, q2
+
+
+def similarity(batch: Batch, actor: Actor, critics, plain_critics, samples: int, centred: bool) -> torch.Tensor:
+    """The cosine of the vectors min_i Q_i(s, a) and min_i P_i(s, a) over a ~ pi, (B,), in [-1, 1]; centred, it is their
+    correlation. Q is far from 0 as a rule, and the cosine alone then close to 1 whatever the critics prefer."""
+    obs = batch.obs.repeat_interleave(samples, dim=0)
+    action, _, _ = actor.sample(obs)
+    q, p = (torch.minimum(*q_values(twins, obs, action)).view(-1, samples) for twins in (critics, plain_critics))
+    if centred:
+        q, p = q - q.mean(1, keepdim=True), p - p.mean(1, keepdim=True)
+    return F.cosine_similarity(q, p, dim=1)
+
+
+def actor_loss(batch: Batch, actor: Actor, critics, plain_critics, follow_plain, first: bool, alpha: torch.Tensor):
+    """E_{a ~ pi}[alpha log pi - Q], with the plain Q where follow_plain, (B,), is True, with its log pi, (B,)."""
+    action, log_pi, _ = actor.sample(batch.obs)
+    twins = [q_values(both, batch.obs, action) for both in (critics, plain_critics)]
+    q, plain_q = ((q1 if first else torch.minimum(q1, q2)) for q1, q2 in twins)  # (B,)
+    return (alpha * log_pi - torch.where(follow_plain, plain_q, q)).mean(), log_pi.detach()
+
+
+def temperature_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: float) -> torch.Tensor:
+    """alpha (H - H*): alpha falls while the policy is more random than its target."""
+    return log_alpha.exp() * (entropy - target_entropy).detach()
+
+
+def check_finite(name: str, loss: torch.Tensor, step: int, saved_step: int) -> None:
+    """Raises FloatingPointError if the loss is not finite."""
+    if not math.isfinite(loss.item()):
+        last = f"the last checkpoint is of step {saved_step}" if saved_step else "there is no checkpoint yet"
+        raise FloatingPointError(f"{name} is {loss.item()} at step {step}; {last}")
+
+
+def save(state: dict, path: Path) -> None:
+    """Writes `state` to `path`, whole or not at all: then, on a full disk for instance, it raises OSError."""
+    partial = path.with_name("partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path}: not written: {error}") from error
+
+
+def load(run_dir: Path) -> dict | None:
+    """What `save` last wrote of a run: its actor if it is finished, else its checkpoint; None before the first. A file
+    from a stranger can run no code. Raises UsageError if the file is damaged."""
+    for path in (run_dir / "actor.pt", run_dir / "checkpoint.pt"):
+        if path.exists():
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                _ = state["args"]["env_id"], state["actor"]  # what every saved run has
+                return state
+            except Exception as error:  # torch raises a different error for each damage
+                raise UsageError(f"{path}: damaged; without it the run starts afresh: {error!s:.150}") from error
+    return None
+
+
+def find_run(args: Args) -> tuple[Path, dict | None]:
+    """The run's folder and, with --resume, what was saved there. Raises UsageError if other flags began it."""
+    name = f"{args.env_id.split('/')[-1].split(':')[-1]}__{args.exp_name}__{args.seed}__"
+    earlier = sorted(path.name for path in Path("runs").glob("*") if path.name.rpartition("__")[0] + "__" == name)
+    latest = earlier[-1] if args.resume and earlier else f"{name}{time.time_ns() // 1000}"
+    run_dir = Path("runs", args.run_name or latest)
+    state = load(run_dir) if args.resume else None
+    try:
+        began = state["args"] if state else json.loads((run_dir / "args.json").read_text()) if args.resume else {}
+    except (OSError, ValueError):  # there is no such run, or it was killed before it had begun
+        began = {}
+    may_change = "run_name resume checkpoint_interval eval_episodes capture_video track wandb_project_name wandb_entity"
+    for name, value in asdict(args).items() if began else ():
+        before = began.get(name)
+        if value != before and name not in may_change.split() and not (name == "total_timesteps" and value > before):
+            raise UsageError(f"--resume: {run_dir} was started with --{name.replace('_', '-')} {before}, not {value}")
+    if state and "step" not in state and args.total_timesteps > state["args"]["total_timesteps"]:
+        raise UsageError(f"--total-timesteps {args.total_timesteps}: {run_dir} is finished, and its checkpoint is gone")
+    return run_dir, state
+
+
+def start_logging(args: Args, algorithm: str, run_dir: Path, first_step: int) -> SummaryWriter:
+    """Makes the run's folder, writes args.json, and opens TensorBoard and, with --track, W&B; what was logged from
+    `first_step` on, before the run was resumed, is taken back."""
+    task = args.env_id.split("/")[-1].split(":")[-1]
+    config = json.dumps({"algorithm": algorithm, **asdict(args)}, indent=2)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=args.resume)
+    except OSError as error:
+        raise UsageError(f"--run-name {run_dir.name}: must be a new, writable folder: {error}") from error
+    if args.track:
+        try:
+            import wandb
+
+            if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+                raise UsageError("no login; run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
+            labels = {"name": run_dir.name, "group": task, "job_type": algorithm, "tags": [task, algorithm]}
+            project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": json.loads(config)}
+            labels |= {"id": run_dir.name, "resume": "allow" if args.resume else "never"}
+            wandb.init(**project, **labels, sync_tensorboard=True, save_code=True, reinit="finish_previous")
+        except Exception as error:
+            if not any(run_dir.iterdir()):
+                run_dir.rmdir()
+            raise UsageError(f"--track: W&B: {error}") from error
+    (run_dir / "args.json").write_text(config + "\n")
+    writer = SummaryWriter(run_dir, purge_step=first_step if args.resume else None)
+    if first_step == 0:
+        writer.add_text("hyperparameters", f"```\n{config}\n```")
+    return writer
+
+
+@torch.inference_mode()
+def evaluate(actor: nn.Module, args: Args, video: Path, deterministic: bool = True) -> np.ndarray:
+    """Returns of `args.eval_episodes` episodes of the mean action, or of sampled ones, each cut at 10,000 steps."""
+    env = gym.wrappers.TimeLimit(make_env(args.env_id, args.capture_video), 10_000)
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, str(video), video_length=300, gc_trigger=None)
+    rng = np.random.default_rng([args.seed, 1])  # not the run's own generator: an evaluation changes nothing in a run
+    returns, device = np.zeros(args.eval_episodes), next(actor.parameters()).device
+    for episode in range(args.eval_episodes):
+        (obs, _), done = env.reset(seed=int(rng.integers(2**31))), False
+        while not done:
+            x = preprocess(torch.as_tensor(obs[None], device=device))
+            action = actor.squash(actor(x)[0]) if deterministic else actor.sample(x)[0]
+            action = action[0].cpu().numpy().clip(env.action_space.low, env.action_space.high)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[episode] += reward
+            done = terminated or truncated
+    env.close()
+    return returns
+
+
+def evaluate_run(args: Args) -> None:
+    """Prints the returns of a saved run's policy, deterministic and stochastic, each with its 95% normal interval."""
+    run_dir = Path(args.evaluate)
+    state = load(run_dir)
+    if state is None:
+        raise UsageError(f"--evaluate {run_dir}: must be the folder of a run that has saved a checkpoint or its actor")
+    own = {"seed": args.seed, "eval_episodes": args.eval_episodes, "capture_video": args.capture_video}
+    args = replace(args, **{name: value for name, value in state["args"].items() if name in asdict(args)} | own)
+    env = make_env(args.env_id, args.capture_video)
+    check_args(args, env)
+    actor = Actor(env.observation_space.shape[0], env.action_space)
+    actor.load_state_dict(state["actor"])
+    for name in ("deterministic", "stochastic"):
+        torch.manual_seed(args.seed)
+        video = run_dir / "videos" / f"evaluate-{name}"
+        returns = evaluate(actor, args, video, name == "deterministic")
+        margin = 1.96 * returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.nan
+        print(f"{run_dir}: {name} return {returns.mean():.2f} +- {margin:.2f} over {len(returns)} episodes")
+
+
+def train(args: Args) -> Path:
+    """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work, and
+    FloatingPointError if a loss is not finite."""
+    env = make_env(args.env_id, args.capture_video)
+    check_args(args, env)
+    run_dir, state = find_run(args)
+    if state and "step" not in state:
+        print(f"{run_dir}: finished already, after {args.total_timesteps} steps")
+        (run_dir / "checkpoint.pt").unlink(missing_ok=True)  # if it was killed right here, the last time
+        return run_dir
+    rng = np.random.default_rng(args.seed)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    obs_dim, d, box = env.observation_space.shape[0], env.action_space.shape[0], env.action_space
+    algorithm = "SAC-AdaEnt"
+
+    actor = Actor(obs_dim, box).to(device)
+    critics = nn.ModuleList([make_network(obs_dim + d, 1), make_network(obs_dim + d, 1)]).to(device)
+    plain_critics = nn.ModuleList([make_network(obs_dim + d, 1), make_network(obs_dim + d, 1)]).to(device)
+    target_critics, target_plain_critics = (copy.deepcopy(q).requires_grad_(False) for q in (critics, plain_critics))
+    log_volume = box_log_volume(box)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, fused=True)
+    q_optimizer = torch.optim.Adam([*critics.parameters(), *plain_critics.parameters()], lr=args.q_lr, fused=True)
+    log_alpha = torch.zeros((), requires_grad=True, device=device)
+    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
+    target_entropy = -float(d)  # SAC's heuristic, in nats
+    try:
+        buffer = ReplayBuffer(args.buffer_size, env.observation_space, env.action_space, device)
+    except (MemoryError, ValueError) as error:
+        raise UsageError(f"--buffer-size {args.buffer_size}: must fit into memory: {error}") from error
+
+    losses = td_targets, critic_loss, similarity, actor_loss
+    if args.compile:
+        losses = (torch.compile(loss, mode="reduce-overhead") for loss in losses)
+    compute_td_targets, compute_critic_loss, compute_similarity, compute_actor_loss = losses
+
+    # All that a checkpoint holds besides the counters and the random generators
+    parts = {"actor": actor, "critics": critics, "target_critics": target_critics, "buffer": buffer}
+    parts |= {"plain_critics": plain_critics, "target_plain_critics": target_plain_critics}
+    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
+    first_step, episode_seed, recent_returns = 0, int(rng.integers(2**31)), deque(maxlen=20)
+    if state:
+        for name, part in parts.items():
+            part.load_state_dict(state[name] if part is buffer else copy.deepcopy(state[name]))  # nothing maps the file
+        log_alpha.data.copy_(state["log_alpha"])
+        first_step, episode_seed = state["step"], state["episode_seed"]
+        recent_returns.extend(state["recent_returns"])
+        rng.bit_generator.state = state["rng"]
+        torch.set_rng_state(state["torch_rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        del state
+    alpha = log_alpha.detach().exp() if args.autotune else torch.tensor(args.alpha, device=device)
+
+    writer = start_logging(args, algorithm, run_dir, first_step)
+    print(f"{run_dir}: {algorithm} on {args.env_id} ({device}), from step {first_step}", flush=True)
+    if args.capture_video:
+        clips = {"name_prefix": f"from-step-{first_step}", "video_length": 300, "gc_trigger": None}
+        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "train"), **clips)
+    obs, _ = env.reset(seed=episode_seed)
+    episode_rewards, start_value = [], None
+    saved_step, next_checkpoint = first_step, first_step + args.checkpoint_interval
+    timed_step, start_time = max(first_step, args.learning_starts), time.time()
+    steps = range(first_step, args.total_timesteps)
+    steps = tqdm(steps, initial=first_step, total=args.total_timesteps, unit="step", dynamic_ncols=True, disable=None)
+    for global_step in steps:
+        # Act: at random during the warm-up, then from the policy
+        if global_step < args.learning_starts:
+            action = rng.uniform(box.low, box.high).astype(np.float32)
+            start_time = time.time()  # the speed is that of the steps after the warm-up
+        else:
+            with torch.inference_mode():
+                x = preprocess(torch.as_tensor(obs[None], device=device))
+                action, _, _ = actor.sample(x)  # (1, d)
+                if not episode_rewards:
+                    start_value = torch.minimum(*q_values(critics, x, action)).item()
+                action = action[0].cpu().numpy().clip(box.low, box.high)
+
+        # Step and store: next_obs is the episode's own last observation, whatever ended it
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        buffer.add(obs, action, reward, next_obs, terminated)
+        obs = next_obs
+        episode_rewards.append(float(reward))
+
+        if terminated or truncated:
+            writer.add_scalar("charts/episodic_return", sum(episode_rewards), global_step)
+            writer.add_scalar("charts/episodic_length", len(episode_rewards), global_step)
+            if start_value is not None:
+                discounted_return = sum(args.gamma**t * r for t, r in enumerate(episode_rewards))
+                writer.add_scalar("charts/q_minus_return", start_value - discounted_return, global_step)
+            recent_returns.append(sum(episode_rewards))
+            episode_seed = int(rng.integers(2**31))
+            obs, _ = env.reset(seed=episode_seed)
+            episode_rewards, start_value = [], None
+
+        if global_step > args.learning_starts:
+            batch = buffer.sample(args.batch_size, rng)
+            if args.compile:
+                torch.compiler.cudagraph_mark_step_begin()
+
+            # Critics: regress both pairs on their targets
+            with torch.no_grad():
+                targets = target_critics, target_plain_critics
+                y, plain_y = compute_td_targets(batch, actor, *targets, args.gamma, alpha)
+            qf1_loss, qf2_loss, q1, q2 = compute_critic_loss(batch, critics, y)
+            plain_qf1_loss, plain_qf2_loss, plain_q1, _ = compute_critic_loss(batch, plain_critics, plain_y)
+            q_optimizer.zero_grad()
+            (qf1_loss + qf2_loss + plain_qf1_loss + plain_qf2_loss).backward()
+            q_optimizer.step()
+            check_finite("qf_loss", qf1_loss + qf2_loss + plain_qf1_loss + plain_qf2_loss, global_step, saved_step)
+
+            # Where do the critics disagree about the policy's actions?
+            if global_step % args.policy_frequency == 0:
+                with torch.no_grad():
+                    sampled = args.similarity_samples, args.similarity_centred
+                    similarities = compute_similarity(batch, actor, critics, plain_critics, *sampled)
+                    follow_plain = similarities <= args.similarity_threshold
+
+            for _ in range(args.policy_frequency if global_step % args.policy_frequency == 0 else 0):
+                # Actor: towards the Boltzmann policy of the critics, whose weights get no gradient
+                chosen = follow_plain, args.actor_critic == "first"
+                pi_loss, log_pi = compute_actor_loss(batch, actor, critics, plain_critics, *chosen, alpha)
+                actor_optimizer.zero_grad()
+                pi_loss.backward(inputs=list(actor.parameters()))
+                actor_optimizer.step()
+                check_finite("actor_loss", pi_loss, global_step, saved_step)
+
+                # Temperature: hold the entropy at its target
+                entropy = -log_pi.mean()
+                if args.autotune:
+                    alpha_loss = temperature_loss(log_alpha, entropy, target_entropy)
+                    alpha_optimizer.zero_grad()
+                    alpha_loss.backward()
+                    alpha_optimizer.step()
+                    alpha = log_alpha.detach().exp()
+
+            if global_step % args.policy_frequency == 0 and global_step % args.log_interval < args.policy_frequency:
+                sigma = actor.scale * actor(batch.obs)[1].detach().exp()  # (B, d), before tanh: approximate at bounds
+                inside = torch.erf(args.exploit_radius / (math.sqrt(2) * sigma)).prod(1).mean()
+                sps = (global_step + 1 - timed_step) / (time.time() - start_time)
+                scalars = {"charts/SPS": sps, "losses/qf1_values": q1.mean(), "losses/qf2_values": q2.mean()}
+                scalars |= {"losses/qf1_loss": qf1_loss, "losses/qf2_loss": qf2_loss}
+                scalars |= {"losses/qf_loss": (qf1_loss + qf2_loss) / 2, "losses/actor_loss": pi_loss}
+                scalars |= {"losses/plain_qf1_loss": plain_qf1_loss, "losses/plain_qf1_values": plain_q1.mean()}
+                scalars |= {"adaent/similarity": similarities.mean(), "adaent/plain_share": follow_plain.float().mean()}
+                scalars |= {"losses/alpha": alpha, "policy/exploit_probability": inside}
+                scalars |= {"policy/entropy": entropy, "policy/kl": log_volume - entropy}
+                if args.autotune:
+                    scalars |= {"losses/alpha_loss": alpha_loss, "policy/target_entropy": target_entropy}
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, global_step)
+                status = f"return {np.mean(recent_returns):.2f}" if recent_returns else "no episode yet"
+                steps.set_postfix_str(status)
+                if steps.disable and global_step % (10 * args.log_interval) < args.policy_frequency:
+                    left = (args.total_timesteps - global_step) / sps
+                    print(f"step {global_step}: {status}, {sps:.0f} steps/s, {left:.0f} s left", flush=True)
+
+        if global_step > args.learning_starts and global_step % args.target_network_frequency == 0:
+            for online, copied in ((critics, target_critics), (plain_critics, target_plain_critics)):
+                for parameter, target in zip(online.parameters(), copied.parameters(), strict=True):
+                    target.lerp_(parameter.detach(), args.tau)
+
+        # Checkpoint: between two episodes, so that the next one's seed stands for the environment's state
+        if (terminated or truncated) and (stop_signals or global_step + 1 >= next_checkpoint):
+            next_checkpoint = global_step + 1 + args.checkpoint_interval
+            state = {name: part.state_dict() for name, part in parts.items()} | {"log_alpha": log_alpha.detach()}
+            state |= {"rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state()}
+            state |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+            state |= {"args": asdict(args), "step": global_step + 1, "episode_seed": episode_seed}
+            state |= {"recent_returns": list(recent_returns)}
+            writer.flush()
+            try:
+                save(state, run_dir / "checkpoint.pt")
+                saved_step = global_step + 1
+            except OSError as error:  # the one before is still there
+                print(f"step {global_step}: {error}", file=sys.stderr, flush=True)
+            if stop_signals:
+                writer.close()
+                print(f"{run_dir}: stopped; the same command with --resume goes on from step {saved_step}", flush=True)
+                sys.exit(128 + stop_signals[0])
+
+    env.close()
+    returns = evaluate(actor, args, run_dir / "videos" / "eval")
+    writer.add_scalar("eval/episodic_return", returns.mean(), args.total_timesteps)
+    print(f"{run_dir}: deterministic return {returns.mean():.2f} +- {returns.std():.2f} over {len(returns)} episodes")
+    writer.close()
+    save({"args": asdict(args), "actor": actor.state_dict()}, run_dir / "actor.pt")
+    (run_dir / "checkpoint.pt").unlink(missing_ok=True)
+    return run_dir
+
+
+stop_signals = []
+
+
+def stop(number: int, _) -> None:
+    """Handles SIGINT and SIGTERM: the run saves itself at the end of the episode. A second signal ends it at once."""
+    stop_signals.append(number)
+    for either in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(either, signal.SIG_DFL)
+    print("stopping at the end of this episode; once more to stop now", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    for number in (signal.SIGINT, signal.SIGTERM) if not args.evaluate else ():
+        signal.signal(number, stop)
+    try:
+        evaluate_run(args) if args.evaluate else train(args)
+    except (UsageError, FloatingPointError, OSError) as error:
+        print(" ".join(f"{Path(__file__).name}: {error}".split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)

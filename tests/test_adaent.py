@@ -1,0 +1,130 @@
+"""SAC-AdaEnt: its targets and losses against its siblings' and by hand, and where it is one of them."""
+
+import numpy as np
+import pytest
+import torch
+
+import klac_continuous
+import sac_adaent_continuous as adaent
+import sac_continuous
+from tests.test_family import blocks, parts
+
+FLAGS = {"env_id": "Drift-v0", "total_timesteps": 400, "learning_starts": 100, "log_interval": 20, "eval_episodes": 1}
+
+
+def test_it_is_a_sibling():
+    own, sibling = blocks(adaent), blocks(sac_continuous)
+    different = {"Args", "check_args", "td_target", "td_targets", "similarity", "actor_loss", "train", None}
+    assert own.keys() ^ sibling.keys() == {"td_target", "td_targets", "similarity"}
+    for name in own.keys() - different:
+        assert own[name] == sibling[name], name
+    ours, theirs = vars(adaent.Args()), vars(sac_continuous.Args())
+    assert ours.keys() - theirs.keys() == {
+        "similarity_threshold", "similarity_samples", "similarity_centred", "actor_critic"
+    }  # fmt: skip
+    assert all(ours[name] == value for name, value in theirs.items() if name != "exp_name")
+
+
+@pytest.fixture
+def made():
+    """(batch, actor, critics, plain critics) of fresh networks."""
+    batch, actor, critics = parts(adaent, "Drift-v0")
+    _, _, plain_critics = parts(adaent, "Drift-v0", seed=1)
+    return batch, actor, critics, plain_critics
+
+
+def test_the_targets_are_sacs_and_klac_abs(made):
+    batch, actor, critics, plain_critics = made
+    alpha = torch.tensor(0.3)
+    with torch.no_grad():
+        torch.manual_seed(2)
+        y, plain_y = adaent.td_targets(batch, actor, critics, plain_critics, 0.9, alpha)
+        torch.manual_seed(2)
+        assert torch.equal(y, sac_continuous.td_target(batch, actor, critics, 0.9, alpha))
+        torch.manual_seed(2)
+        assert torch.equal(plain_y, klac_continuous.td_target(batch, actor, plain_critics, 0.9, 0.0))
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_the_similarity_is_the_cosine_over_sampled_actions(made, centred):
+    batch, actor, critics, plain_critics = made
+    with torch.no_grad():
+        torch.manual_seed(2)
+        result = adaent.similarity(batch, actor, critics, plain_critics, 5, centred)
+        torch.manual_seed(2)
+        actions = actor.sample(batch.obs.repeat_interleave(5, 0))[0].view(16, 5, 1)
+        for i in range(16):
+            q, p = np.zeros(5), np.zeros(5)
+            for j in range(5):
+                x = torch.cat([batch.obs[i], actions[i, j]])[None]
+                q[j] = min(critic(x).item() for critic in critics)
+                p[j] = min(critic(x).item() for critic in plain_critics)
+            if centred:
+                assert result[i].item() == pytest.approx(np.corrcoef(q, p)[0, 1], abs=1e-3)
+            else:
+                assert result[i].item() == pytest.approx(q @ p / np.linalg.norm(q) / np.linalg.norm(p), abs=1e-5)
+        torch.testing.assert_close(
+            adaent.similarity(batch, actor, critics, critics, 5, centred), torch.ones(16), atol=1e-3, rtol=0
+        )
+
+
+def test_the_actor_climbs_the_plain_critic_where_it_is_told_to(made):
+    batch, actor, critics, plain_critics = made
+    alpha, nowhere = torch.tensor(0.3), torch.zeros(16, dtype=torch.bool)
+
+    def loss(mask, first=False):
+        torch.manual_seed(2)
+        return adaent.actor_loss(batch, actor, critics, plain_critics, mask, first, alpha)
+
+    torch.manual_seed(2)
+    expected, log_pi = sac_continuous.actor_loss(batch, actor, critics, alpha)
+    assert torch.equal(loss(nowhere)[0], expected)
+    assert torch.equal(loss(nowhere)[1], log_pi)
+    torch.manual_seed(2)
+    plain, _ = sac_continuous.actor_loss(batch, actor, plain_critics, alpha)  # KLAC's loss is the same with uniform q
+    assert torch.equal(loss(~nowhere)[0], plain)
+
+    half = torch.arange(16) < 8
+    with torch.no_grad():
+        torch.manual_seed(2)
+        action, log_pi, _ = actor.sample(batch.obs)
+        for first in (False, True):
+            total = 0.0
+            for i in range(16):
+                x = torch.cat([batch.obs[i], action[i]])[None]
+                values = [critic(x).item() for critic in (plain_critics if i < 8 else critics)]
+                total += 0.3 * log_pi[i].item() - (values[0] if first else min(values))
+            assert loss(half, first)[0].item() == pytest.approx(total / 16, abs=1e-5)
+
+
+@pytest.mark.parametrize(("threshold", "share"), [(-1.1, 0.0), (1.1, 1.0)])
+def test_beyond_its_range_the_threshold_makes_it_one_of_its_siblings(scalars, monkeypatch, threshold, share):
+    followed, real = [], adaent.actor_loss
+    monkeypatch.setattr(adaent, "actor_loss", lambda *a: followed.append(a[4].float().mean().item()) or real(*a))
+    logged = scalars(adaent.train(adaent.Args(similarity_threshold=threshold, **FLAGS)))
+    assert set(followed) == {share}
+    assert {value for _, value in logged["adaent/plain_share"]} == {share}
+    assert all(-1.001 <= value <= 1.001 for _, value in logged["adaent/similarity"])
+
+
+def test_it_logs_what_sac_logs_and_its_own_and_learns_both_critics(scalars):
+    sac = scalars(sac_continuous.train(sac_continuous.Args(**FLAGS)))
+    run = adaent.Args(similarity_threshold=0.9, **FLAGS)
+    logged = scalars(adaent.train(run))
+    own = {"losses/plain_qf1_loss", "losses/plain_qf1_values", "adaent/similarity", "adaent/plain_share"}
+    assert logged.keys() - sac.keys() == own
+    assert sac.keys() <= logged.keys()
+    shares = {value for _, value in logged["adaent/plain_share"]}
+    assert len(shares) > 1  # some states switch and some do not
+    # the plain critic is paid nothing for entropy: with H > 0 and few rewards it values less
+    assert logged["losses/plain_qf1_values"][-1][1] != logged["losses/qf1_values"][-1][1]
+
+
+@pytest.mark.parametrize(("flags", "word"), [
+    (["--similarity-samples", 1], "--similarity-samples 1: must be at least 2"),
+    (["--similarity-threshold", "nan"], "--similarity-threshold nan: must be finite"),
+])  # fmt: skip
+def test_wrong_flags_are_refused(run_script, flags, word):
+    code, _, err = run_script("sac_adaent_continuous", "--env-id", "Drift-v0", *flags)
+    assert (code, err.count("\n")) == (2, 1)
+    assert word in err
