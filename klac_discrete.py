@@ -606,7 +606,7 @@ def train(args: Args) -> Path:
     writer.add_scalar("eval/episodic_return", returns.mean(), args.total_timesteps)
     print(f"{run_dir}: deterministic return {returns.mean():.2f} +- {returns.std():.2f} over {len(returns)} episodes")
     writer.close()
-    save({"args": asdict(args), "actor": actor.state_dict()}, run_dir / "actor.pt")
+    save({"args": asdict(args), "actor": actor.state_dict(), "critics": critics.state_dict()}, run_dir / "actor.pt")
     (run_dir / "checkpoint.pt").unlink(missing_ok=True)
     return run_dir
 

@@ -269,9 +269,32 @@ class TabularEnv(gym.Env):
         return self.observe(), float(reward), terminated, False, {}
 
 
+class BifurcationBox(gym.Env):
+    """The bifurcation with one continuous action in [-1, 1]. Its left half pays 1 and leads to a state where all actions
+    but those within 0.05 of 0 exit at a cost of 1, its right half pays 0.7 and leads to one where none does."""
+
+    def __init__(self, render_mode: str | None = None):
+        self.render_mode = render_mode
+        self.observation_space = gym.spaces.Box(0.0, 1.0, (3,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = 0
+        return np.eye(3, dtype=np.float32)[0], {}
+
+    def step(self, action):
+        if self.state:
+            exits = self.state == 1 and abs(action[0]) > 0.05
+            return np.eye(3, dtype=np.float32)[self.state], -1.0 * exits, True, False, {}
+        self.state = 1 if action[0] < 0 else 2
+        return np.eye(3, dtype=np.float32)[self.state], 1.0 if self.state == 1 else 0.7, False, False, {}
+
+
 STAY_OR_EXIT, BIFURCATION = stay_or_exit(100), bifurcation(100, (1, 100))  # what the environments are
 gym.register("StayOrExit-v0", lambda **kwargs: TabularEnv(STAY_OR_EXIT, **kwargs), max_episode_steps=1000)
 gym.register("Bifurcation-v0", lambda **kwargs: TabularEnv(BIFURCATION, **kwargs), max_episode_steps=1000)
+gym.register("BifurcationBox-v0", BifurcationBox)
 
 
 def threshold(algorithm: str, rho: float, alpha: float, reward: float = 1.0, gamma: float = 0.99) -> float:

@@ -253,12 +253,30 @@ def test_the_environments_are_the_mdps(env_id):
     np.testing.assert_allclose(visits[seen] / chosen[seen][:, None], mdp.P[seen])
 
 
+def test_the_continuous_bifurcation_asks_for_precision_where_it_pays_most():
+    env = gym.make("tabular:BifurcationBox-v0")
+    check_env(env.unwrapped, skip_render_check=True)
+    for first, second, rewards in [
+        (-0.5, 0.04, (1, 0)),
+        (-0.01, 0.06, (1, -1)),
+        (-1, -1, (1, -1)),
+        (0.5, 0.9, (0.7, 0)),
+    ]:
+        env.reset(seed=0)
+        obs, reward, terminated, _, _ = env.step(np.array([first], np.float32))
+        assert (reward, terminated, obs.argmax()) == (rewards[0], False, 1 if first < 0 else 2)
+        _, reward, terminated, truncated, _ = env.step(np.array([second], np.float32))
+        assert (reward, terminated, truncated) == (rewards[1], True, False)
+
+
 def test_the_deep_scripts_train_on_them(run_script):
     for name in ("sac_discrete", "klac_discrete"):
         flags = ["--env-id", "tabular:Bifurcation-v0", "--total-timesteps", 300, "--learning-starts", 100]
         code, out, err = run_script(name, *flags, "--run-name", name, "--no-autotune", "--alpha", 0.1)
         assert code == 0, err
         assert "deterministic return" in out
+    flags = ["--env-id", "tabular:BifurcationBox-v0", "--total-timesteps", 150, "--learning-starts", 100]
+    assert run_script("sac_adaent_continuous", *flags)[0] == 0
 
 
 def test_the_command_line_prints_a_table_and_draws(run_script):

@@ -1,0 +1,138 @@
+"""Draws a saved run's critics over slices of the action space at one state, with the policy's density.
+
+    python -m plotting.landscape runs/NAME --out figures                at the first state of an episode
+    python -m plotting.landscape runs/NAME --out figures --steps 100    at the state 100 steps on, by the mean action
+
+A panel an action dimension, the others at the policy's mode: the smaller of the twin critics, relative to its maximum
+on the slice, and for SAC-AdaEnt the plain ones beside it. Where the two peak apart, entropy misleads the actor.
+Writes landscape.pdf, .png and .csv. Continuous actions only.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import gymnasium as gym
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+
+POINTS = 401
+CURVES = {"critics": ("Q", "#D55E00", "--"), "plain_critics": ("plain Q", "#0072B2", "-")}
+
+
+@dataclass
+class Args:
+    run: Annotated[Path, tyro.conf.Positional]
+    """folder of a finished run"""
+    out: Path = Path("figures")
+    """folder of the figure"""
+    steps: int = 0
+    """steps of the mean action from the start of the episode to the state"""
+    seed: int = 0
+    """seed of the episode"""
+    dimensions: int = 6
+    """the most action dimensions drawn"""
+
+
+def forward(state: dict[str, np.ndarray], prefix: str, x: np.ndarray) -> np.ndarray:
+    """The scripts' network of three linear layers and ReLU: (B, inputs) to (B, outputs)."""
+    for layer in (0, 2, 4):
+        x = x @ state[f"{prefix}.{layer}.weight"].T + state[f"{prefix}.{layer}.bias"]
+        x = np.maximum(x, 0) if layer < 4 else x
+    return x
+
+
+def policy(state: dict, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the Gaussian before tanh, (d,) each, at an observation (obs_dim,)."""
+    mean, x = np.split(forward(state, "network", obs[None])[0], 2)
+    return mean, np.exp(-5 + 3.5 * (np.tanh(x) + 1))
+
+
+def slices(saved: dict, env: gym.Env, obs: np.ndarray, dimensions: int) -> pd.DataFrame:
+    """Rows of (dimension, action, density, and each critic's smaller twin's value): POINTS a dimension."""
+    box, tables = env.action_space, []
+    scale, centre = (box.high - box.low) / 2, (box.high + box.low) / 2
+    mean, std = policy(saved["actor"], obs)
+    for dimension in range(min(dimensions, len(mean))):
+        unit = np.linspace(-1, 1, POINTS + 2)[1:-1]  # inside the box: the density is that of tanh's inverse
+        actions = np.tile(np.tanh(mean) * scale + centre, (POINTS, 1))
+        actions[:, dimension] = unit * scale[dimension] + centre[dimension]
+        z = (np.arctanh(unit) - mean[dimension]) / std[dimension]
+        slope = scale[dimension] * (1 - unit**2) * std[dimension]
+        table = pd.DataFrame({"dimension": dimension, "action": actions[:, dimension]})
+        table["density"] = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi) / slope
+        x = np.concatenate([np.tile(obs, (POINTS, 1)), actions], axis=1)
+        for name in CURVES:
+            if name in saved:
+                table[name] = np.minimum(*(forward(saved[name], f"{twin}", x)[:, 0] for twin in (0, 1)))
+        tables.append(table)
+    return pd.concat(tables)
+
+
+def main(args: Args) -> None:
+    path = args.run / "actor.pt"
+    if not path.exists():
+        raise ValueError(f"{args.run}: must be the folder of a finished run, with its actor.pt")
+    if args.steps < 0 or args.dimensions < 1 or args.seed < 0:
+        raise ValueError("--steps and --seed must be at least 0, --dimensions at least 1")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if "critics" not in saved:
+        raise ValueError(f"{path}: holds no critics: it was written before they were saved")
+    env_id = saved.pop("args")["env_id"]
+    saved = {part: {k: x.double().numpy() for k, x in state.items()} for part, state in saved.items()}
+    if "network.0.weight" not in saved["actor"]:
+        raise ValueError(f"{args.run}: must be a run with continuous actions")
+    env = gym.make(env_id)
+    box = env.action_space
+    obs, _ = env.reset(seed=args.seed)
+    for step in range(args.steps):
+        mean, _ = policy(saved["actor"], np.asarray(obs, float))
+        action = np.tanh(mean) * (box.high - box.low) / 2 + (box.high + box.low) / 2
+        obs, _, terminated, truncated, _ = env.step(action.astype(box.dtype))
+        if terminated or truncated:
+            raise ValueError(f"--steps {args.steps}: the episode of seed {args.seed} ends at step {step + 1}")
+    table = slices(saved, env, np.asarray(obs, float), args.dimensions)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42})
+    panels = table["dimension"].nunique()
+    columns = min(panels, 3)
+    rows = -(-panels // columns)
+    size = (2.4 * columns + 0.6, 1.9 * rows + 0.4)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[panels:]:
+        axis.axis("off")
+    for (dimension, part), axis in zip(table.groupby("dimension"), axes.flat, strict=False):
+        values = pd.concat([part[name] - part[name].max() for name in CURVES if name in part], axis=1)
+        for name in values:
+            label, colour, line = CURVES[name]
+            axis.plot(part["action"], values[name], color=colour, linestyle=line, label=f"{label} - max {label}")
+        lowest = min(values.min().min(), -1e-9)
+        density = part["density"] / part["density"].max()
+        axis.fill_between(
+            part["action"], lowest, lowest * (1 - density), color="0.8", label="policy's density", zorder=0
+        )
+        axis.set(xlabel=f"action, dimension {dimension + 1}")
+    axes[0, 0].set_ylabel("value, relative to its maximum")
+    axes[0, 0].legend(fontsize=6, frameon=False)
+    figure.suptitle(f"{env_id}, state {args.steps} of the episode of seed {args.seed}", fontsize=8)
+    for suffix in ("pdf", "png"):
+        metadata = {"CreationDate": None} if suffix == "pdf" else None
+        figure.savefig(args.out / f"landscape.{suffix}", dpi=200, metadata=metadata)
+    plt.close(figure)
+    table.to_csv(args.out / "landscape.csv", index=False, float_format="%.6g")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (ValueError, OSError) as error:
+        print(f"plotting.landscape: {error}", file=sys.stderr)
+        sys.exit(2)

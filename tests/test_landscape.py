@@ -1,0 +1,75 @@
+"""The critics drawn over slices of the action space, against the scripts' own networks."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import sac_adaent_continuous as adaent
+import sac_continuous
+import sac_discrete
+from tests.test_family import ROOT
+
+FLAGS = {"total_timesteps": 150, "learning_starts": 100, "eval_episodes": 1, "batch_size": 16, "buffer_size": 200}
+
+
+def draw(*flags):
+    command = [sys.executable, "-m", "plotting.landscape", *map(str, flags)]
+    return subprocess.run(
+        command, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("module", [adaent, sac_continuous])
+def test_slices_are_the_critics_and_the_policys_density(module):
+    run_dir = module.train(module.Args(env_id="Reacher-v5", **FLAGS))
+    result = draw(run_dir, "--steps", 3, "--seed", 5, "--out", "figures")
+    assert result.returncode == 0, result.stderr
+    for suffix in ("png", "pdf"):
+        assert Path(f"figures/landscape.{suffix}").stat().st_size > 5000
+    table = pd.read_csv("figures/landscape.csv")
+    assert sorted(table["dimension"].unique()) == [0, 1]
+
+    saved = torch.load(run_dir / "actor.pt", weights_only=True)
+    env = module.make_env("Reacher-v5")
+    actor = module.Actor(10, env.action_space)
+    actor.load_state_dict(saved["actor"])
+    obs, _ = env.reset(seed=5)
+    with torch.no_grad():
+        for _ in range(3):
+            action = actor.squash(actor(torch.as_tensor(obs[None]).float())[0])[0].numpy()
+            obs, *_ = env.step(action)
+        x = torch.as_tensor(obs[None]).float()
+        mean, log_std = actor(x)
+        for dimension, part in table.groupby("dimension"):
+            # the density of a marginal integrates to 1, and is the actor's with one dimension
+            assert np.trapezoid(part["density"], part["action"]) == pytest.approx(1, abs=0.02)
+            for _, row in part.iloc[::57].iterrows():
+                point = actor.squash(mean)
+                point[0, dimension] = row["action"]
+                for name in {"critics", "plain_critics"} & saved.keys():
+                    critics = torch.nn.ModuleList([module.make_network(12, 1), module.make_network(12, 1)])
+                    critics.load_state_dict(saved[name])
+                    value = torch.minimum(*module.q_values(critics, x, point)).item()
+                    assert row[name] == pytest.approx(value, abs=1e-4)
+                u = torch.atanh(torch.tensor(row["action"]))
+                normal = torch.distributions.Normal(mean[0, dimension], log_std[0, dimension].exp())
+                density = normal.log_prob(u).exp() / (1 - row["action"] ** 2)
+                assert row["density"] == pytest.approx(density.item(), rel=1e-2, abs=1e-6)
+    assert ("plain_critics" in table) == (module is adaent)
+
+
+def test_what_cannot_be_drawn_is_refused_in_one_line():
+    run_dir = sac_discrete.train(sac_discrete.Args(env_id="Walk-v0", **FLAGS))
+    Path("empty").mkdir()
+    for flags, word in [
+        ([run_dir], "continuous actions"), (["empty"], "finished run"), ([run_dir, "--steps", -1], "--steps"),
+    ]:  # fmt: skip
+        result = draw(*flags, "--out", "figures")
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert word in result.stderr
+        assert not Path("figures").exists()
