@@ -270,8 +270,8 @@ class TabularEnv(gym.Env):
 
 
 class BifurcationBox(gym.Env):
-    """The bifurcation with one continuous action in [-1, 1]. Its left half pays 1 and leads to a state where all actions
-    but those within 0.05 of 0 exit at a cost of 1, its right half pays 0.7 and leads to one where none does."""
+    """The bifurcation with one continuous action in [-1, 1]: its left half pays 1 and leads to a state where all but
+    those within 0.05 of 0 exit at a cost of 1, its right half pays 0.7 and leads to one where none does."""
 
     def __init__(self, render_mode: str | None = None):
         self.render_mode = render_mode
