@@ -9,7 +9,7 @@ plain twin critic learns the true return, and the actor follows it in the states
     actor         E_{a ~ pi}[alpha log pi - Q], with P for Q in states whose similarity is at most a threshold
     temperature   alpha (H - H*), which holds the entropy H at H* = -d
 
-With a threshold below -1 this is SAC, from 1 on KLAC-ab. docs/algorithms.md lists what the poster leaves open.
+With a threshold below -1 this is SAC, above 1 KLAC-ab. docs/algorithms.md lists what the poster leaves open.
 """
 
 import copy
@@ -273,13 +273,15 @@ def critic_loss(batch: Batch, critics: nn.ModuleList, y: torch.Tensor) -> tuple[
 
 def similarity(batch: Batch, actor: Actor, critics, plain_critics, samples: int, centred: bool) -> torch.Tensor:
     """The cosine of the vectors min_i Q_i(s, a) and min_i P_i(s, a) over a ~ pi, (B,), in [-1, 1]; centred, it is their
-    correlation. Q is far from 0 as a rule, and the cosine alone then close to 1 whatever the critics prefer."""
+    correlation. Q is far from 0 as a rule, and the cosine alone then close to 1 whatever the critics prefer. Where one
+    does not vary over the samples, as at a bound of the box, there is nothing to disagree on: 1."""
     obs = batch.obs.repeat_interleave(samples, dim=0)
     action, _, _ = actor.sample(obs)
     q, p = (torch.minimum(*q_values(twins, obs, action)).view(-1, samples) for twins in (critics, plain_critics))
     if centred:
         q, p = q - q.mean(1, keepdim=True), p - p.mean(1, keepdim=True)
-    return F.cosine_similarity(q, p, dim=1)
+    flat = (q == 0).all(1) | (p == 0).all(1)
+    return F.cosine_similarity(q, p, dim=1).masked_fill(flat, 1.0)
 
 
 def actor_loss(batch: Batch, actor: Actor, critics, plain_critics, follow_plain, first: bool, alpha: torch.Tensor):

@@ -23,7 +23,7 @@ while (($#)); do
   esac
   shift
 done
-[[ -n $list && -r $list ]] || fail "${list:-LIST}: must be a readable list of commands, as benchmark/campaign.sh prints it"
+[[ -f $list && -r $list ]] || fail "${list:-LIST}: must be a readable list of commands, as benchmark/campaign.sh prints it"
 [[ $workers =~ ^[1-9][0-9]*$ ]] || fail "--workers $workers: must be a positive number"
 command -v parallel >/dev/null || fail "GNU parallel is not installed (Debian: apt install parallel)"
 exec 9>>"$list.lock" # inherited by every run: what a killed driver left going is not run twice
@@ -40,7 +40,8 @@ while IFS= read -r line; do
   [[ -e runs/$name/actor.pt ]] && continue
   grep -qxF "$name" "$failed" || todo+=("$line")
 done < <(grep -v '^ *\(#\|$\)' "$list")
-echo "${#todo[@]} runs to do, of $(grep -vc '^ *\(#\|$\)' "$list")"
+total=$(grep -vc '^ *\(#\|$\)' "$list") || fail "$list: holds no command"
+echo "${#todo[@]} runs to do, of $total"
 
 # A run of the list: its output to its log; its name to the list of failures unless it was stopped by a signal
 one() {
@@ -48,7 +49,7 @@ one() {
   name=$(name_of "$1")
   # in the background and waited for, so that a signal reaches the run at once
   bash -c "exec $1" >>"$LOGS/$name.log" 2>&1 &
-  trap 'kill -TERM $! 2>/dev/null' TERM INT
+  trap : TERM INT # parallel sends it to the run as well, which saves itself: a second one would end it at once
   wait $! || code=$?
   # a signal ends the first wait and not the run
   while kill -0 $! 2>/dev/null; do code=0; wait $! || code=$?; done

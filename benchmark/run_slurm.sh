@@ -12,9 +12,10 @@
 #   --retry-failed submits runs again that failed
 #
 # Call it where the scripts and runs/ are, in a shared folder, with the virtual environment active: jobs inherit both.
-# Lines whose run is finished (runs/NAME/actor.pt) are left out. A preempted or cancelled run saves itself; SLURM requeues
-# the preempted one. Logs and failures are as run_local.sh's: campaign.txt.logs/NAME.log and campaign.txt.failed, and what
-# SLURM says of a job in campaign.txt.slurm. The exit status is 1 if any run failed before and is not submitted again.
+# Lines whose run is finished (runs/NAME/actor.pt) are left out. A preempted or cancelled run saves itself, if its episode
+# ends within the cluster's KillWait (30 seconds by default); SLURM requeues the preempted one. Logs and failures are as
+# run_local.sh's: campaign.txt.logs/NAME.log and campaign.txt.failed, and what SLURM says of a job in campaign.txt.slurm.
+# The exit status is 1 if any run failed before and is not submitted again.
 set -euo pipefail
 
 fail() { echo "run_slurm.sh: $1" >&2; exit 2; }
@@ -29,16 +30,18 @@ while (($#)); do
       ;;
     --retry-failed) retry=1 ;;
     --) shift; extra=("$@"); break ;;
-    -h | --help) sed -n '2,19s/^# \{0,1\}//p' "$0"; exit ;;
+    -h | --help) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit ;;
     -*) fail "$1: no such option; see --help" ;;
     *) [[ -z $list ]] || fail "$1: one list at a time"; list=$1 ;;
   esac
   shift
 done
-[[ -n $list && -r $list ]] || fail "${list:-LIST}: must be a readable list of commands, as benchmark/campaign.sh prints it"
+[[ -f $list && -r $list ]] || fail "${list:-LIST}: must be a readable list of commands, as benchmark/campaign.sh prints it"
 for flag in throttle cpus; do [[ ${!flag} =~ ^[1-9][0-9]*$ ]] || fail "--$flag ${!flag}: must be a positive number"; done
 command -v sbatch >/dev/null || fail "sbatch is not there: SLURM's commands must be on the PATH"
 
+exec 9>>"$list.lock"
+flock -n 9 || fail "$list: already being run, by run_local.sh, or being submitted"
 name=klac-$(realpath "$list" | cksum | cut -d' ' -f1)
 queued=$(squeue --me --noheader --array --name "$name" --format %i) || fail "squeue does not answer"
 [[ -z $queued ]] || fail "$list: already submitted, $(wc -l <<<"$queued") runs are queued or running (scancel --name $name)"
@@ -54,7 +57,8 @@ while IFS= read -r line; do
   [[ -e runs/$run/actor.pt ]] && continue
   grep -qxF "$run" "$failed" || todo+=("$line")
 done < <(grep -v '^ *\(#\|$\)' "$list")
-echo "${#todo[@]} runs to do, of $(grep -vc '^ *\(#\|$\)' "$list")"
+total=$(grep -vc '^ *\(#\|$\)' "$list") || fail "$list: holds no command"
+echo "${#todo[@]} runs to do, of $total"
 
 # A task of the array: its line's run, its output to its log; its name to the list of failures unless a signal stopped it
 one() {
@@ -68,11 +72,12 @@ one() {
   while kill -0 $! 2>/dev/null; do code=0; wait $! || code=$?; done
   ((code == 0 || code > 128)) || echo "$run" >>"$failed"
   echo "$(date +%FT%T) $run: $( ((code == 0)) && echo finished || echo "exit code $code")${late:+, requeued at the time limit}"
-  [[ -n $late && $code -gt 128 ]] && scontrol requeue "$SLURM_JOB_ID"
+  [[ -n $late && $code -gt 128 ]] && scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
   return $code
 }
 # An array has at most so many tasks; the next one waits for it, so that the throttle is the campaign's
 size=$(($(scontrol show config | sed -n 's/^MaxArraySize *= *//p') - 1)) after=""
+((size > 0)) || fail "this cluster allows no array jobs: its MaxArraySize is $((size + 1))"
 for ((start = 0; start < ${#todo[@]}; start += size)); do
   lines=("${todo[@]:start:size}")
   # SLURM keeps a copy of the script, and with it of the list

@@ -163,7 +163,7 @@ def register() -> None:
     for ending in ("termination", "truncation"):
         kwargs = {"ending": ending, "continuous": True}
         gym.register(f"ContinuousOneStep{ending.title()}-v0", OneStep, kwargs=kwargs)
-    gym.register("StayOrExit-v0", StayOrExit, max_episode_steps=200)
+    gym.register("StayOrExitOf10-v0", StayOrExit, max_episode_steps=200)
     gym.register("Point-v0", Point, max_episode_steps=20)
     gym.register("Drift-v0", Drift, max_episode_steps=8)
     gym.register("Walk-v0", Walk, max_episode_steps=8)

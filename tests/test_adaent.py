@@ -1,5 +1,6 @@
 """SAC-AdaEnt: its targets and losses against its siblings' and by hand, and where it is one of them."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -107,17 +108,47 @@ def test_beyond_its_range_the_threshold_makes_it_one_of_its_siblings(scalars, mo
     assert all(-1.001 <= value <= 1.001 for _, value in logged["adaent/similarity"])
 
 
-def test_it_logs_what_sac_logs_and_its_own_and_learns_both_critics(scalars):
+def test_it_logs_what_sac_logs_and_its_own_and_some_states_switch(scalars):
     sac = scalars(sac_continuous.train(sac_continuous.Args(**FLAGS)))
-    run = adaent.Args(similarity_threshold=0.9, **FLAGS)
-    logged = scalars(adaent.train(run))
+    logged = scalars(adaent.train(adaent.Args(similarity_threshold=0.9, **FLAGS)))
     own = {"losses/plain_qf1_loss", "losses/plain_qf1_values", "adaent/similarity", "adaent/plain_share"}
     assert logged.keys() - sac.keys() == own
     assert sac.keys() <= logged.keys()
-    shares = {value for _, value in logged["adaent/plain_share"]}
-    assert len(shares) > 1  # some states switch and some do not
-    # the plain critic is paid nothing for entropy: with H > 0 and few rewards it values less
-    assert logged["losses/plain_qf1_values"][-1][1] != logged["losses/qf1_values"][-1][1]
+    assert len({value for _, value in logged["adaent/plain_share"]}) > 1
+
+
+def test_the_plain_critic_learns_the_return_and_the_soft_one_the_entropy_beside_it(scalars, monkeypatch):
+    """Without rewards the true value is 0, and the soft one, of an entropy that is worth much, is far from it."""
+    real = adaent.make_env
+    monkeypatch.setattr(adaent, "make_env", lambda *a: gym.wrappers.TransformReward(real(*a), lambda reward: 0.0))
+    flags = FLAGS | {"total_timesteps": 900, "tau": 0.05, "gamma": 0.9}
+    logged = scalars(adaent.train(adaent.Args(autotune=False, alpha=1.0, **flags)))
+    assert abs(logged["losses/plain_qf1_values"][-1][1]) < 0.1
+    assert logged["losses/qf1_values"][-1][1] > 1
+    assert logged["losses/plain_qf1_loss"][-1][1] < logged["losses/plain_qf1_loss"][0][1]
+
+
+def test_the_plain_targets_follow_the_plain_critics(monkeypatch):
+    seen, real = [], adaent.td_targets
+
+    def watch(batch, actor, target_critics, target_plain_critics, *rest):
+        seen.append([parameter.clone() for parameter in target_plain_critics.parameters()])
+        return real(batch, actor, target_critics, target_plain_critics, *rest)
+
+    monkeypatch.setattr(adaent, "td_targets", watch)
+    run_dir = adaent.train(adaent.Args(**FLAGS | {"tau": 1.0}))
+    saved = torch.load(run_dir / "actor.pt", weights_only=True)["plain_critics"].values()
+    assert not any(torch.equal(before, after) for before, after in zip(seen[1], seen[-1], strict=True))
+    # with tau 1 they are copies: the last that was used is one update behind the last that was learnt
+    assert max((a - b).abs().max() for a, b in zip(seen[-1], saved, strict=True)) < 0.01
+
+
+def test_critics_that_do_not_vary_have_nothing_to_disagree_on(made):
+    batch, actor, critics, plain_critics = made
+    for parameter in plain_critics.parameters():
+        torch.nn.init.zeros_(parameter)
+    result = adaent.similarity(batch, actor, critics, plain_critics, 5, True)
+    assert torch.equal(result, torch.ones(16))
 
 
 @pytest.mark.parametrize(("flags", "word"), [

@@ -4,6 +4,7 @@ import collections
 import itertools
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 
 import klac_continuous
@@ -88,24 +90,40 @@ def has(command, *packages):
 needs_parallel = pytest.mark.skipif(
     not has("parallel", "parallel"), reason="GNU parallel is not installed (root's KLAC_TESTS_INSTALL=1 installs it)"
 )
+# A run as the scripts are: a first SIGTERM lets it save itself at the end of its episode, a second ends it at once
 FAKE = """
-name=${run#--run-name }
-mkdir -p "runs/$name"
-trap 'echo saved >> "runs/$name/log"; exit 143' TERM
-echo "start $$" >> "runs/$name/log"
-for i in $(seq $steps); do sleep 0.1; done
-[ "$bad" ] && exit 3
-touch "runs/$name/actor.pt"
-echo done >> "runs/$name/log"
+import os, signal, sys, time
+from pathlib import Path
+
+name, steps = sys.argv[sys.argv.index("--run-name") + 1], int(os.environ["steps"])
+folder, stopped = Path("runs", name), []
+folder.mkdir(parents=True, exist_ok=True)
+log = (folder / "log").open("a", buffering=1)
+
+def stop(number, _):
+    stopped.append(number)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+signal.signal(signal.SIGTERM, stop)
+print("start", os.getpid(), file=log)
+for i in range(steps):
+    time.sleep(0.1)
+    if stopped and i % 10 == 9:
+        print("saved", file=log)
+        sys.exit(143)
+if os.environ["bad"]:
+    sys.exit(3)
+(folder / "actor.pt").touch()
+print("done", file=log)
 """
 
 
 def write_list(bad=(), steps=10, n=6):
-    Path("fake.sh").write_text(FAKE)
+    Path("fake.py").write_text(FAKE)
     lines = ["# a comment", ""]
     for i in range(n):
         flags = f"steps={steps} bad={'yes' if i in bad else ''}"
-        lines.append(f"env {flags} 'run=--run-name r{i}' bash fake.sh --run-name r{i}")
+        lines.append(f"env {flags} python3 fake.py --run-name r{i}")
     Path("list.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -180,8 +198,10 @@ def test_wrong_calls_of_the_driver_are_one_line(flags, word):
     result = drive(*flags)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert word in result.stderr
-    missing = subprocess.run([ROOT / "benchmark/run_local.sh", "none"], capture_output=True, text=True, check=False)
-    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
+    Path("empty.txt").touch()
+    for name in ("none", ".", "empty.txt"):
+        missing = subprocess.run([ROOT / "benchmark/run_local.sh", name], capture_output=True, text=True, check=False)
+        assert (missing.returncode, missing.stdout, missing.stderr.count("\n")) == (2, "", 1)
     assert not Path("runs").exists()
 
 
@@ -212,6 +232,9 @@ def same_as_undisturbed(scalars):
         for tags in (expected, got):
             tags.pop("charts/SPS")
         assert got == expected, run.name
+        expected, got = (torch.load(path / "actor.pt", weights_only=True) for path in (run, Path("runs", run.name)))
+        for part in ("actor", "critics"):
+            assert all(torch.equal(got[part][name], weights) for name, weights in expected[part].items())
 
 
 @needs_parallel
@@ -219,12 +242,14 @@ def test_real_runs_whose_driver_workers_and_machine_are_killed_end_as_if_they_we
     real_list(monkeypatch)
     rng = random.Random(0)
     for victim in ("driver", "machine", "worker"):
+        started = time.time()
         driver = subprocess.Popen([ROOT / "benchmark/run_local.sh", "list.txt", "--workers", "2"],
                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-        while not list(Path("runs").glob("*/checkpoint.pt")):
+        # one of this driver's runs has written a checkpoint of its own
+        while not any(path.stat().st_mtime > started for path in Path("runs").glob("*/checkpoint.pt")):
             assert driver.poll() is None
             time.sleep(0.01)
-        time.sleep(rng.random())
+        time.sleep(rng.random() / 2)
         session = Path("list.txt.lock").read_text().strip()
         if victim == "worker":
             subprocess.run(["pkill", "-KILL", "-s", session, "--oldest", "python"], check=True)
@@ -249,6 +274,8 @@ def test_real_runs_whose_driver_workers_and_machine_are_killed_end_as_if_they_we
     result = drive("--workers", "2")
     assert result.returncode == 0, result.stderr
     same_as_undisturbed(scalars)
+    logs = "".join(path.read_text() for path in Path("list.txt.logs").iterdir())
+    assert len(set(re.findall(r"\(cpu\), from step ([1-9]\d*)", logs))) >= 3  # a kill each, in the midst of a run
 
 
 @needs_parallel

@@ -165,7 +165,7 @@ def test_klac_a_and_ab_use_sac_s_heuristic_target(scalars, sac, klac, env_id):
 def test_sac_stays_for_ever_where_klac_exits(scalars):
     """Table 1 in miniature: ten actions, one of which exits with reward 1. At alpha 0.1 staying is worth
     alpha log 9 gamma / (1 - gamma), about 4.2, to SAC's critic; no policy can earn more than 1."""
-    common = {"env_id": "StayOrExit-v0", "total_timesteps": 8_000, "gamma": 0.95, "autotune": False, "alpha": 0.1}
+    common = {"env_id": "StayOrExitOf10-v0", "total_timesteps": 8_000, "gamma": 0.95, "autotune": False, "alpha": 0.1}
     common |= {"learning_starts": 500, "target_network_frequency": 50, "policy_lr": 1e-3, "q_lr": 1e-3}
     common |= {"log_interval": 100, "eval_episodes": 1}
     logged = {}

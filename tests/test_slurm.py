@@ -1,5 +1,6 @@
 """The driver that submits a list to SLURM, on a real single-node cluster that these tests start and stop."""
 
+import fcntl
 import os
 import shutil
 import socket
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.test_campaign import ROOT, has, logs, write_list
 
@@ -75,9 +77,9 @@ def _cluster():
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         munged = ["munged", "--force", "--key-file", folder / "key", "--socket", folder / "munge.socket"]
         munged += ["--pid-file", folder / "munged.pid", "--log-file", folder / "munged.log"]
-        for daemon in ([*munged, "--seed-file", folder / "seed"], ["slurmctld"], ["slurmd"]):
-            subprocess.run(daemon, check=True)
         try:
+            for daemon in ([*munged, "--seed-file", folder / "seed"], ["slurmctld"], ["slurmd"]):
+                subprocess.run(daemon, check=True)
             wait_for(lambda: ask("sinfo", "--noheader", "--format", "%T").strip() == "idle")
             yield
         finally:
@@ -140,15 +142,20 @@ def test_a_list_is_run_in_arrays_and_failures_are_named_and_retried_on_request()
     assert submit().stdout == "0 runs to do, of 6\n"
 
 
-def test_a_run_near_its_time_limit_saves_itself_and_is_requeued():
-    write_list(steps=10, n=1)
-    fake = Path("fake.sh").read_text()
-    # so near the limit that the signal comes at once, and a run that would be too long but for what it saved
-    Path("fake.sh").write_text(fake.replace("for i in", 'grep -q saved "runs/$name/log" || steps=1000\nfor i in'))
+def test_a_run_near_its_time_limit_saves_itself_and_is_requeued_alone():
+    write_list(bad=[1], steps=1, n=3)
+    lines = Path("list.txt").read_text().splitlines()
+    Path("list.txt").write_text("\n".join([*lines[:-1], lines[-1].replace("steps=1", "steps=1000")]) + "\n")
+    fake = Path("fake.py").read_text()
+    # so near the limit that the signal comes soon, and a run that would be too long but for what it saved
+    fake = fake.replace("for i in", 'steps = 10 if "saved" in (folder / "log").read_text() else steps\nfor i in')
+    Path("fake.py").write_text(fake)
     assert submit("--time", "00:02:00").returncode == 0
     wait_until_empty()
-    assert [word for word in logs()["r0"] if not word.isdigit()] == ["start", "saved", "start", "done"]
-    assert "exit code 143, requeued at the time limit" in Path("list.txt.slurm").read_text()
+    words = {name: [word for word in log if not word.isdigit()] for name, log in logs().items()}
+    # of the last task of an array the job's number is the array's, and the others are not to be run again with it
+    assert words == {"r0": ["start", "done"], "r1": ["start"], "r2": ["start", "saved", "start", "done"]}
+    assert "r2: exit code 143, requeued at the time limit" in Path("list.txt.slurm").read_text()
 
 
 def test_real_runs_that_are_requeued_and_cancelled_end_as_if_they_were_not(scalars, monkeypatch):
@@ -182,6 +189,8 @@ def test_real_runs_that_are_requeued_and_cancelled_end_as_if_they_were_not(scala
         for tags in (expected, got):
             tags.pop("charts/SPS")
         assert got == expected
+        actor, whole = (torch.load(f"runs/{run}/actor.pt", weights_only=True)["actor"] for run in (name, "whole"))
+        assert all(torch.equal(actor[part], weights) for part, weights in whole.items())
 
 
 @pytest.mark.parametrize(("flags", "word"), [
@@ -193,6 +202,11 @@ def test_wrong_calls_are_one_line(flags, word):
     result = submit(*flags)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert word in result.stderr
+    with open("list.txt.lock", "w") as lock:  # as run_local.sh holds it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = submit()
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert "already being run" in refused.stderr
     refused = submit("--", "--partition", "none")
     assert refused.returncode == 2
     assert "none" in refused.stderr or "partition" in refused.stderr

@@ -310,15 +310,31 @@ def test_a_reference_given_as_a_file_is_where_a_high_temperature_leads(run_scrip
     assert float(out.splitlines()[2].split("|")[8]) == pytest.approx(1e9 * np.log(4) / 0.01, rel=1e-3)
 
 
+def test_a_reference_gives_no_weight_to_an_action_that_there_is_not(run_script):
+    np.save("half.npy", np.full((3, 2), 0.5))
+    code, _, err = run_script("tabular", "--mdp", "Bifurcation", "--reference", "half.npy")
+    assert (code, err.count("\n")) == (2, 1)
+    np.save("q.npy", np.array([[0.5, 0.5], [0.5, 0.5], [1.0, 0.0]]))
+    code, out, _ = run_script("tabular", "--mdp", "Bifurcation", "--alpha", 1e9, "--reference", "q.npy")
+    assert code == 0
+    # the choice at random, and half of the exits that there are: 0.5 * (1 - 0.99 * 0.5) + 0.5 * 0.7
+    assert float(out.splitlines()[2].split("|")[5]) == pytest.approx(0.6025, abs=1e-4)
+
+
 @pytest.mark.parametrize(("flags", "word"), [
     (["--alpha", 0], "--alpha 0"), (["--alpha", "inf"], "--alpha inf"), (["--gamma", 1], "--gamma 1"),
     (["--n-actions", 1], "--n-actions 1"), (["--anneal-to", -1], "--anneal-to -1"),
-    (["--anneal-steps", 1], "--anneal-steps 1"), (["--tolerance", 0], "--tolerance 0"), (["--seed", -1], "--seed -1"),
+    (["--anneal-steps", 1], "--anneal-steps 1"), (["--tolerance", 0], "--tolerance 0"),
+    (["--tolerance", "inf"], "--tolerance inf"), (["--reference", "empty.npy"], "--reference empty.npy"),
+    (["--reference", "words.npy"], "--reference words.npy"), (["--gamma", 0], "--gamma 0"),
+    (["--seed", -1], "--seed -1"),
     (["--reference", "none.npy"], "--reference none.npy"), (["--reference", "wrong.npy"], "--reference wrong.npy"),
     (["--max-iterations", 0], "--max-iterations 0"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_line(run_script, flags, word):
     np.save("wrong.npy", np.ones((3, 3)) / 3)
+    np.save("words.npy", np.full((1, 2), "half"))
+    Path("empty.npy").touch()
     code, out, err = run_script("tabular", "--mdp", "Bandit", "--out", "figures", *flags)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"tabular.py: {word}")
