@@ -489,6 +489,6 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
-    except (UsageError, OSError) as error:
+    except (UsageError, OSError, ImportError) as error:  # ImportError: --out without Matplotlib
         print(f"tabular.py: {error}", file=sys.stderr)
         sys.exit(2)
