@@ -1,6 +1,6 @@
-"""Draws the paper's figures 1 to 6 from finished runs, with their numbers beside them.
+"""Draws the paper's figures 1 to 6 from finished runs, and a seventh of over-estimation, with their numbers beside them.
 
-    python -m plotting.figures runs/* --out results/figures            all six
+    python -m plotting.figures runs/* --out results/figures            all seven
     python -m plotting.figures runs/* --out results/figures --only 1 3
     python -m plotting.figures --wandb entity/klac --out results/figures
     python -m plotting.figures --redraw --out results/figures          again, from the tables in --out, without runs
@@ -49,7 +49,7 @@ class Args:
     """folders of runs"""
     out: Path = Path("results/figures")
     """folder of figures and tables"""
-    only: tuple[Literal[1, 2, 3, 4, 5, 6], ...] = (1, 2, 3, 4, 5, 6)
+    only: tuple[Literal[1, 2, 3, 4, 5, 6, 7], ...] = (1, 2, 3, 4, 5, 6, 7)
     """figures to draw"""
     wandb: str | None = None
     """read the runs of this W&B project, entity/project, as well"""
@@ -86,6 +86,7 @@ def curve(curves: pd.DataFrame, task: str, algorithm: str, quantity: str) -> pd.
 def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: str = "interval"):
     """A panel a (task, quantity); a line an algorithm, with its interval or its standard deviation."""
     names = {"return": "episodic return", "q": "mean Q of a batch", "entropy": "entropy (nats)"}
+    names["q_minus_return"] = "Q minus return"
     size = (max(2.2 * len(grid[0]), 3.4), 2.0 * len(grid) + 0.4)
     figure, axes = plt.subplots(len(grid), len(grid[0]), figsize=size, squeeze=False, layout="constrained")
     numbers = []
@@ -185,8 +186,16 @@ def figure_6(summary, curves):
     return draw_curves(curves, [[(task, "entropy") for task in row] for row in rows])
 
 
-FIGURES = {1: figure_1, 2: figure_2, 3: figure_3, 4: figure_4, 5: figure_5, 6: figure_6}
-NEEDS = {1: MUJOCO, 2: MINATAR[:2], 3: ["Seaquest-v1"], 4: MINATAR, 5: MINATAR, 6: MUJOCO}
+def figure_7(summary, curves):
+    """Q minus the discounted return that was earned, on all tasks: what the paper calls runaway values, measured."""
+    tasks = present(summary, MINATAR + MUJOCO)
+    return draw_curves(
+        curves, [[(task, "q_minus_return") for task in tasks[i : i + 5]] for i in range(0, len(tasks), 5)]
+    )
+
+
+FIGURES = {1: figure_1, 2: figure_2, 3: figure_3, 4: figure_4, 5: figure_5, 6: figure_6, 7: figure_7}
+NEEDS = {1: MUJOCO, 2: MINATAR[:2], 3: ["Seaquest-v1"], 4: MINATAR, 5: MINATAR, 6: MUJOCO, 7: MINATAR + MUJOCO}
 
 
 def table(summary: pd.DataFrame) -> pd.DataFrame:
