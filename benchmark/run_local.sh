@@ -11,7 +11,7 @@ set -euo pipefail
 
 fail() { echo "run_local.sh: $1" >&2; exit 2; }
 
-list="" workers=$(nproc) retry="" extra=()
+list="" workers=$(env -u OMP_NUM_THREADS nproc) retry="" extra=()
 while (($#)); do
   case $1 in
     --workers) (($# > 1)) || fail "--workers: needs a number"; workers=$2; shift ;;

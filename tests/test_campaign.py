@@ -161,6 +161,17 @@ def test_a_list_is_run_and_failures_are_named_and_retried_on_request():
 
 
 @needs_parallel
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has one worker")
+def test_there_is_a_worker_a_core_whatever_the_threads_of_a_run_are(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which nproc obeys
+    write_list(steps=15, n=2)
+    assert drive().returncode == 0
+    rows = [line.split("\t") for line in Path("list.txt.joblog").read_text().splitlines()]
+    (first, took), (second, _) = sorted((float(row[2]), float(row[3])) for row in rows)
+    assert second < first + took
+
+
+@needs_parallel
 def test_ctrl_c_lets_every_run_save_itself_and_the_same_command_goes_on():
     write_list(steps=30)
     driver = subprocess.Popen([ROOT / "benchmark/run_local.sh", "list.txt", "--workers", "2"], stdout=subprocess.PIPE,
