@@ -170,7 +170,7 @@ def figure_4(summary, curves):
         numbers.append(pd.DataFrame({"threshold": thresholds, "share": share, "low": low, "high": high}))
         numbers[-1]["algorithm"] = name
     axis.set(xlabel=r"$\tau$, in multiples of SAC's mean score", ylabel=r"share of runs with a score above $\tau$")
-    axis.legend(fontsize=7, frameon=False, loc="upper right")
+    figure.legend(loc="outside upper center", ncols=2, fontsize=6.5, frameon=False)
     return figure, pd.concat(numbers)
 
 
