@@ -294,8 +294,8 @@ def test_evaluation_plays_the_most_probable_action():
 
 
 def test_reference_can_be_forked_as_the_documentation_says(scalars, monkeypatch):
-    """The reference of docs/forking.md: at a high temperature the policy becomes q, and KL(pi || q) falls to 0."""
-    text = (klac.Path(__file__).parent.parent / "docs" / "forking.md").read_text()
+    """The reference of README.md: at a high temperature the policy becomes q, and KL(pi || q) falls to 0."""
+    text = (klac.Path(__file__).parent.parent / "README.md").read_text()
     fork = text.split("```python\n")[1].split("```")[0]
     namespace = {"torch": torch}
     exec(fork, namespace)
