@@ -173,10 +173,10 @@ def test_there_is_a_worker_a_core_whatever_the_threads_of_a_run_are(monkeypatch)
 
 @needs_parallel
 def test_ctrl_c_lets_every_run_save_itself_and_the_same_command_goes_on():
-    write_list(steps=30)
+    write_list(steps=600)
     driver = subprocess.Popen([ROOT / "benchmark/run_local.sh", "list.txt", "--workers", "2"], stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, text=True)  # fmt: skip
-    while len(logs()) < 3:
+    while len(logs()) < 2:
         time.sleep(0.05)
     second = drive()
     assert second.returncode == 2

@@ -98,14 +98,14 @@ def queue():
     return ask("squeue", "--noheader", "--array", "--format", "%K %T").splitlines()
 
 
-def wait_until_empty(seconds=90):
-    """Waits for the queue to empty; a requeued job, which SLURM holds for two minutes, starts at once."""
+def wait_until_empty(seconds=90, done=lambda: True):
+    """Waits for an empty queue and for `done`; a requeued job, which SLURM holds for two minutes, starts at once."""
 
     def empty():
-        for job in ask("squeue", "--noheader", "--states", "PENDING", "--format", "%A %r").splitlines():
+        for job in ask("squeue", "--noheader", "--array", "--states", "PENDING", "--format", "%i %r").splitlines():
             if job.endswith("BeginTime"):
                 subprocess.run(["scontrol", "update", f"JobId={job.split()[0]}", "StartTime=now"], check=False)
-        return not queue()
+        return done() and not queue()
 
     wait_for(empty, seconds)
 
@@ -151,7 +151,8 @@ def test_a_run_near_its_time_limit_saves_itself_and_is_requeued_alone():
     fake = fake.replace("for i in", 'steps = 10 if "saved" in (folder / "log").read_text() else steps\nfor i in')
     Path("fake.py").write_text(fake)
     assert submit("--time", "00:02:00").returncode == 0
-    wait_until_empty()
+    # between its end and its place in the queue a requeued job is nowhere to be seen
+    wait_until_empty(120, lambda: "done" in logs().get("r2", []))
     words = {name: [word for word in log if not word.isdigit()] for name, log in logs().items()}
     # of the last task of an array the job's number is the array's, and the others are not to be run again with it
     assert words == {"r0": ["start", "done"], "r1": ["start"], "r2": ["start", "saved", "start", "done"]}
@@ -176,8 +177,7 @@ def test_real_runs_that_are_requeued_and_cancelled_end_as_if_they_were_not(scala
     wait_for(lambda: checkpoint("requeued") and checkpoint("cancelled"), 120)
     subprocess.run(["scontrol", "requeue", f"{job}_0"], check=True)
     subprocess.run(["scancel", f"{job}_1"], check=True)
-    wait_until_empty(180)
-    assert Path("runs/requeued/actor.pt").exists()
+    wait_until_empty(180, Path("runs/requeued/actor.pt").exists)
     assert not Path("runs/cancelled/actor.pt").exists()
     assert "exit code 143" in Path("list.txt.slurm").read_text()
     result = submit("--mem", "1G")
