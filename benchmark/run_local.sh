@@ -72,7 +72,8 @@ if ((${#todo[@]})); then
     wait $! || true
     if ((stopped == 1)); then
       echo "run_local.sh: stopping, every run saves itself; the same command goes on" >&2
-      kill -TERM $! && kill -TERM $! && stopped=2
+      # the second one stops the runs; too soon after the first, the two would be one
+      kill -TERM $! && sleep 1 && kill -TERM $! && stopped=2
     fi
   done
 fi
