@@ -174,8 +174,15 @@ def test_there_is_a_worker_a_core_whatever_the_threads_of_a_run_are(monkeypatch)
 @needs_parallel
 def test_ctrl_c_lets_every_run_save_itself_and_the_same_command_goes_on():
     write_list(steps=600)
-    driver = subprocess.Popen([ROOT / "benchmark/run_local.sh", "list.txt", "--workers", "2"], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+    # whatever ran in this process before may have left SIGINT ignored or blocked, and a child inherits both
+    def listen():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    command = [ROOT / "benchmark/run_local.sh", "list.txt", "--workers", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    driver = subprocess.Popen(command, preexec_fn=listen, **pipes)
     while len(logs()) < 2:
         time.sleep(0.05)
     second = drive()
