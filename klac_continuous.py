@@ -586,6 +586,7 @@ def train(args: Args) -> Path:
                 scalars |= {"policy/entropy": -log_pi.mean(), "policy/kl": log_volume - relative_entropy}
                 if args.autotune:
                     scalars |= {"losses/alpha_loss": alpha_loss, "policy/target_entropy": target_entropy}
+                    scalars |= {"policy/target_kl": log_volume - target_entropy}
                     scalars |= {"policy/target_exploit_probability": p} if args.anneal else {}
                 for name, value in scalars.items():
                     writer.add_scalar(name, value, global_step)

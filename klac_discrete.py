@@ -569,6 +569,7 @@ def train(args: Args) -> Path:
                 scalars |= {"policy/entropy": -(pi * log_pi).sum(1).mean(), "policy/kl": math.log(n) - relative_entropy}
                 if args.autotune:
                     scalars |= {"losses/alpha_loss": alpha_loss, "policy/target_entropy": target_entropy}
+                    scalars |= {"policy/target_kl": math.log(n) - target_entropy}
                     scalars |= {"policy/target_exploit_probability": p} if args.anneal else {}
                 for name, value in scalars.items():
                     writer.add_scalar(name, value, global_step)

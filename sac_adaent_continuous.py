@@ -575,6 +575,7 @@ def train(args: Args) -> Path:
                 scalars |= {"policy/entropy": entropy, "policy/kl": log_volume - entropy}
                 if args.autotune:
                     scalars |= {"losses/alpha_loss": alpha_loss, "policy/target_entropy": target_entropy}
+                    scalars |= {"policy/target_kl": log_volume - target_entropy}
                 for name, value in scalars.items():
                     writer.add_scalar(name, value, global_step)
                 status = f"return {np.mean(recent_returns):.2f}" if recent_returns else "no episode yet"

@@ -29,7 +29,9 @@ NAMES = {
     "alpha": "temperature alpha",
     "entropy": "entropy (nats)",
     "exploit_probability": "exploit probability",
+    "kl": "KL to the reference (nats)",
 }
+DIVERGENCE = {"kl": "policy/kl", "target_kl": "policy/target_kl"}  # runs of a fixed temperature have no target
 # Okabe and Ito's palette, told apart by the colour-blind, with a line style beside each colour for greyscale
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))]
@@ -43,9 +45,9 @@ class Args:
     """folder of curves.csv, summary.csv and curves.png"""
     bin: int = 10_000
     """steps whose episodes are averaged into one point"""
-    show: tuple[Literal["return", "length", "q", "q_minus_return", "alpha", "entropy", "exploit_probability"], ...] = (
-        "return",
-    )
+    show: tuple[
+        Literal["return", "length", "q", "q_minus_return", "alpha", "entropy", "exploit_probability", "kl"], ...
+    ] = ("return",)
     """quantities to draw, a row each"""
     steps: int | None = None
     """read only so many steps of each run, to compare longer runs with shorter ones"""
@@ -62,7 +64,7 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
     scalars, _ = read_scalars(run_dir)
     series = {
         name: pd.Series(scalars[tag][1], scalars[tag][0], dtype=float)[lambda s: s.index < total]
-        for name, tag in QUANTITIES.items()
+        for name, tag in (QUANTITIES | DIVERGENCE).items()
         if tag in scalars
     }
     if missing := QUANTITIES.keys() - series.keys():
@@ -74,7 +76,7 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
         "seed": args["seed"],
     }
     curves = pd.DataFrame({name: values.groupby(values.index // bin_steps).mean() for name, values in series.items()})
-    curves = curves.assign(step=(curves.index + 1) * bin_steps, **labels)[[*labels, "step", *QUANTITIES]]
+    curves = curves.assign(step=(curves.index + 1) * bin_steps, **labels)[[*labels, "step", *series]]
 
     returns, (_, evaluation, _) = series["return"], scalars["eval/episodic_return"]
     times = scalars[QUANTITIES["return"]][2][: len(returns)]
@@ -87,6 +89,7 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
         "Q": series["q"].iloc[-10:].mean(),
         "Q - return": series["q_minus_return"][lambda s: s.index >= 0.9 * total].mean(),
         "alpha": series["alpha"].iloc[-1],
+        **{name: series[name][lambda s: s.index >= 0.9 * total].mean() for name in DIVERGENCE if name in series},
         "hours": (times[-1] - times[0]) / 3600,
     }
     return curves, summary, {name: value for name, value in args.items() if name not in FREE}
@@ -111,6 +114,9 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], pat
             axis.plot(seeds.index / 1e3, seeds.mean(axis=1), **style, label=f"{label} (n={seeds.shape[1]})")
             if seeds.shape[1] > 1:
                 axis.plot(seeds.index / 1e3, seeds, **style, linewidth=0.6, alpha=0.5)
+            if quantity == "kl" and "target_kl" in curves:
+                budget = curves[chosen].groupby("step")["target_kl"].mean()
+                axis.plot(budget.index / 1e3, budget, color="black", linewidth=0.8, label=f"budget of {label}")
         if quantity == "return":
             random = summary[summary["task"] == task]["random"].mean()
             axis.axhline(random, color="0.5", linewidth=1, label="random policy")

@@ -199,16 +199,18 @@ NEEDS = {1: MUJOCO, 2: MINATAR[:2], 3: ["Seaquest-v1"], 4: MINATAR, 5: MINATAR, 
 
 
 def table(summary: pd.DataFrame) -> pd.DataFrame:
-    """A row a task and algorithm: the scores' mean, IQM and median over seeds, its interval, and the means of the
-    return of the last 10% of steps and of Q minus return."""
+    """A row a task and algorithm: the scores' mean, IQM and median over seeds, the last 10% of steps' return, both with
+    the interval of their mean, Q minus return and the temperature."""
     rows = []
     for (task, algorithm), group in summary.groupby(["task", "algorithm"], sort=False):
         scores = group["score"].to_numpy()
         low, high = interval([scores], np.mean)
+        last_low, last_high = interval([group["last_return"].to_numpy()], np.mean)
         row = {"task": task, "algorithm": algorithm, "n": len(group), "steps": group["steps"].min()}
         row |= {"random": group["random"].mean(), "score": scores.mean(), "low": float(low), "high": float(high)}
         row |= {"IQM": scipy.stats.trim_mean(scores, 0.25), "median": np.median(scores)}
-        rows.append(row | {name: group[name].mean() for name in ("last_return", "q_minus_return", "alpha")})
+        row |= {"last_return": group["last_return"].mean(), "last_low": float(last_low), "last_high": float(last_high)}
+        rows.append(row | {name: group[name].mean() for name in ("q_minus_return", "alpha")})
     return pd.DataFrame(rows)
 
 
@@ -242,6 +244,8 @@ def main(args: Args) -> None:
                 figure.savefig(args.out / f"figure{number}.{suffix}", dpi=200, metadata=metadata)
             plt.close(figure)
         numbers.to_csv(args.out / f"figure{number}.csv", index=False, float_format="%.5g")
+    if extra := sorted(set(summary["algorithm"]) - STYLES.keys()):
+        print(f"in the tables and in no figure: {', '.join(extra)}")
     rows = table(summary)
     rows.to_csv(args.out / "table.csv", index=False, float_format="%.5g")
     (args.out / "table.md").write_text(markdown(rows) + "\n")

@@ -30,9 +30,9 @@ QUANTITIES = {
 # Runs of one task and algorithm may differ in these and still be seeds of one experiment
 FREE = {"seed", "run_name", "exp_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "cuda"}
 FREE |= {"env_id", "algorithm", "compile", "resume", "checkpoint_interval", "evaluate", "eval_episodes"}
-FREE |= {"log_interval", "torch_deterministic"}
-KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps", "reference"}
-VERSION = 1  # of what is cached
+FREE |= {"log_interval", "torch_deterministic", "reference"}  # the label says whether there is a reference
+KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps"}
+VERSION = 2  # of what is cached
 
 
 CRC_TABLE = np.arange(256, dtype=np.uint32)
@@ -180,9 +180,11 @@ def summarise(name: str, args: dict, scalars: dict, problem: str | None) -> Run:
 
 
 def label(args: dict) -> str:
-    """SAC, KLAC, KLAC-a, KLAC-b or KLAC-ab by the run's arguments: with beta 0 there is no bias, whatever the flag."""
+    """SAC, KLAC, KLAC-a, KLAC-b or KLAC-ab by the run's arguments: with beta 0 there is no bias, whatever the flag.
+    With an earlier run as q, that and `+ reference`."""
     without_bias = {"KLAC": "KLAC-b", "KLAC-a": "KLAC-ab"} if args.get("beta") == 0 else {}
-    return without_bias.get(args["algorithm"], args["algorithm"])
+    name = without_bias.get(args["algorithm"], args["algorithm"])
+    return f"{name} + reference" if args.get("reference") else name
 
 
 def mean(values: np.ndarray) -> float:

@@ -45,6 +45,23 @@ def test_tables_and_figure_follow_from_the_runs(scalars):
     assert Path("out/curves.png").read_bytes() == drawn
 
 
+def test_runs_with_a_reference_stand_beside_those_without(scalars):
+    plain = [finished_run(seed) for seed in (1, 2)]
+    referred = [finished_run(seed, reference=str(plain[seed - 1])) for seed in (1, 2)]
+    fixed = finished_run(1, autotune=False, bias=False)
+    curves.main(curves.Args(runs=[*plain, *referred, fixed], out=Path("out"), bin=200, show=("return", "kl")))
+    summary = pd.read_csv("out/summary.csv").set_index(["algorithm", "seed"])
+    assert set(summary.index) == {(a, s) for a in ("KLAC", "KLAC + reference") for s in (1, 2)} | {("KLAC-b", 1)}
+    for key, run_dir in ((("KLAC", 2), plain[1]), (("KLAC + reference", 1), referred[0])):
+        logged = scalars(run_dir)
+        for column in ("kl", "target_kl"):
+            expected = np.mean([value for step, value in logged[f"policy/{column}"] if step >= 540])
+            assert summary.loc[key, column] == pytest.approx(expected, rel=1e-3)
+    assert np.isnan(summary.loc[("KLAC-b", 1), "target_kl"])  # a fixed temperature has no budget
+    with pytest.raises(ValueError, match="another experiment"):
+        curves.main(curves.Args(runs=[*referred, finished_run(3, reference=str(plain[0]), gamma=0.9)], out=Path("no")))
+
+
 def test_runs_that_are_no_fellow_seeds_are_refused():
     first = finished_run(1)
     for other, word in ((finished_run(1), "same"), (finished_run(2, gamma=0.9), "gamma")):

@@ -309,6 +309,31 @@ def test_reference_can_be_forked_as_the_documentation_says(scalars, monkeypatch)
     assert logged["policy/entropy"][-1] == pytest.approx(scipy.stats.entropy([0.7, 0.1, 0.1, 0.1]), abs=0.03)
 
 
+def test_kl_to_an_earlier_actor_is_held_at_its_budget(scalars):
+    """q prefers the wrong arms; the budget is that of p = 0.55: log 4 less the entropy of (0.55, 0.15, 0.15, 0.15)."""
+    budget = math.log(4) - scipy.stats.entropy([0.55, 0.15, 0.15, 0.15])
+    torch.manual_seed(1)
+    q_network = klac.make_network((4,), 4)
+    q_network[-1].bias.data += torch.tensor([0.0, 2.0, 2.0, 4.0])
+    torch.save({"actor": q_network.state_dict()}, "q.pt")
+    args = Args(env_id="Bandit-v0", total_timesteps=6_000, update_frequency=2, policy_lr=3e-3, q_lr=3e-3)
+    args.learning_starts, args.log_interval, args.bias, args.reference = 500, 100, False, "q.pt"
+    args.p_start = args.p_end = 0.55
+    run_dir = klac.train(args)
+    logged = {tag: np.array(values).T[1] for tag, values in scalars(run_dir).items()}
+    np.testing.assert_allclose(logged["policy/target_kl"], budget, rtol=1e-5)
+    assert logged["policy/kl"][-20:].mean() == pytest.approx(budget, abs=0.05)
+
+    actor = klac.make_network((4,), 4)
+    actor.load_state_dict(torch.load(run_dir / "actor.pt", weights_only=True)["actor"])
+    obs = torch.eye(4)
+    pi, q = (torch.softmax(network(obs), 1).detach().numpy() for network in (actor, q_network))
+    assert scipy.stats.entropy(pi, q, axis=1).mean() == pytest.approx(budget, abs=0.1)
+    assert (np.diag(pi) > np.diag(q)).all()  # the budget goes to the arms that pay
+    entropy = scipy.stats.entropy(pi, axis=1).mean()
+    assert entropy < math.log(4) - budget - 0.1  # and it is not the entropy that is held
+
+
 def test_buffer_keeps_the_last_transitions_and_each_episode_s_own_last_observation(monkeypatch):
     stored, real = [], klac.ReplayBuffer.add
     monkeypatch.setattr(klac.ReplayBuffer, "add", lambda self, *t: stored.append(copy.deepcopy(t)) or real(self, *t))

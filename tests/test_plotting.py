@@ -15,6 +15,7 @@ import pytest
 import rliable.library
 import rliable.metrics
 import scipy.stats
+import torch
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -126,8 +127,10 @@ def test_a_row_and_a_curve_are_what_was_logged(scalars):
 @pytest.mark.parametrize(("flags", "label"), [
     ({}, "KLAC"), ({"bias": False}, "KLAC-b"), ({"beta": 0.0}, "KLAC-b"), ({"beta": 0.0, "anneal": False}, "KLAC-ab"),
     ({"anneal": False}, "KLAC-a"), ({"anneal": False, "bias": False}, "KLAC-ab"),
+    ({"reference": "q.pt", "beta": 0.0}, "KLAC-b + reference"),
 ])  # fmt: skip
 def test_labels_come_from_the_arguments(flags, label):
+    torch.save({"actor": klac_discrete.make_network((3,), 3).state_dict()}, "q.pt")
     assert runs.read_run(short_run(klac_discrete, 1, "named-SAC", **flags)).summary["algorithm"] == label
 
 
@@ -282,6 +285,10 @@ def test_all_figures_from_runs_and_again_from_tables(campaign, capsys):
     assert row["score"] == pytest.approx(seaquest.mean(), rel=1e-3)
     assert row["low"] <= row["score"] <= row["high"]
     assert np.isnan(rows.loc["Asterix-v1", "KLAC"]["low"])  # one seed has no interval
+    last = summary[(summary["task"] == "Seaquest-v1") & (summary["algorithm"] == "SAC")]["last_return"]
+    row = rows.loc["Seaquest-v1", "SAC"]
+    assert row["last_return"] == pytest.approx(last.mean(), rel=1e-3)
+    assert (row["last_low"], row["last_high"]) == pytest.approx((last.min(), last.max()), rel=1e-3)  # of two seeds
     figure1 = pd.read_csv(out / "figure1.csv")
     assert set(figure1["tasks"]) == {2}
     figure3 = pd.read_csv(out / "figure3.csv")

@@ -98,7 +98,7 @@ def test_every_scalar_of_a_run_is_logged(run_script, scalars, name):
     assert "runs/mine" in out
     logged = scalars("runs/mine")
     losses = "qf1_values qf2_values qf1_loss qf2_loss qf_loss actor_loss alpha alpha_loss"
-    policy = "entropy target_entropy kl exploit_probability"
+    policy = "entropy target_entropy kl target_kl exploit_probability"
     policy += " target_exploit_probability" * name.startswith("klac")
     expected = {f"losses/{x}" for x in losses.split()} | {f"policy/{x}" for x in policy.split()}
     expected |= {f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS", "q_minus_return")}
@@ -107,6 +107,10 @@ def test_every_scalar_of_a_run_is_logged(run_script, scalars, name):
     assert set(logged) == expected | {"eval/episodic_return"}
     steps = [152, 200, 252, 300, 352] if name.endswith("discrete") else [150, 200, 250, 300, 350]
     assert [step for step, _ in logged["losses/alpha"]] == steps
+    log_n = np.array(logged["policy/kl"])[:, 1] + np.array(logged["policy/entropy"])[:, 1]  # or log vol: q is uniform
+    np.testing.assert_allclose(log_n, log_n[0], rtol=1e-4)
+    both = np.array(logged["policy/target_kl"])[:, 1] + np.array(logged["policy/target_entropy"])[:, 1]
+    np.testing.assert_allclose(both, log_n, rtol=1e-4)
     lengths = [length for _, length in logged["charts/episodic_length"]]
     assert np.cumsum(lengths).tolist() == [step + 1 for step, _ in logged["charts/episodic_length"]]
     config = json.loads(Path("runs/mine/args.json").read_text())
