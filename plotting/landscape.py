@@ -105,7 +105,7 @@ def main(args: Args) -> None:
     panels = table["dimension"].nunique()
     columns = min(panels, 3)
     rows = -(-panels // columns)
-    size = (2.4 * columns + 0.6, 1.9 * rows + 0.4)
+    size = (2.4 * columns + 0.6, 1.9 * rows + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[panels:]:
         axis.axis("off")
@@ -113,15 +113,15 @@ def main(args: Args) -> None:
         values = pd.concat([part[name] - part[name].max() for name in CURVES if name in part], axis=1)
         for name in values:
             label, colour, line = CURVES[name]
-            axis.plot(part["action"], values[name], color=colour, linestyle=line, label=f"{label} - max {label}")
+            axis.plot(part["action"], values[name], color=colour, linestyle=line, label=label)
         lowest = min(values.min().min(), -1e-9)
         density = part["density"] / part["density"].max()
         axis.fill_between(
-            part["action"], lowest, lowest * (1 - density), color="0.8", label="policy's density", zorder=0
+            part["action"], lowest, lowest * (1 - density), color="0.8", linewidth=0, label="policy's density", zorder=0
         )
         axis.set(xlabel=f"action, dimension {dimension + 1}")
-    axes[0, 0].set_ylabel("value, relative to its maximum")
-    axes[0, 0].legend(fontsize=6, frameon=False)
+    figure.supylabel("Q less its maximum", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"{env_id}, state {args.steps} of the episode of seed {args.seed}", fontsize=8)
     for suffix in ("pdf", "png"):
         metadata = {"CreationDate": None} if suffix == "pdf" else None
