@@ -29,7 +29,7 @@ NAMES = {
     "alpha": "temperature alpha",
     "entropy": "entropy (nats)",
     "exploit_probability": "exploit probability",
-    "kl": "KL to the reference (nats)",
+    "kl": "KL to the reference (nats)\nand its budget (black)",
 }
 DIVERGENCE = {"kl": "policy/kl", "target_kl": "policy/target_kl"}  # runs of a fixed temperature have no target
 # Okabe and Ito's palette, told apart by the colour-blind, with a line style beside each colour for greyscale
@@ -116,7 +116,7 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], pat
                 axis.plot(seeds.index / 1e3, seeds, **style, linewidth=0.6, alpha=0.5)
             if quantity == "kl" and "target_kl" in curves:
                 budget = curves[chosen].groupby("step")["target_kl"].mean()
-                axis.plot(budget.index / 1e3, budget, color="black", linewidth=0.8, label=f"budget of {label}")
+                axis.plot(budget.index / 1e3, budget, color="black", linewidth=0.8)
         if quantity == "return":
             random = summary[summary["task"] == task]["random"].mean()
             axis.axhline(random, color="0.5", linewidth=1, label="random policy")
