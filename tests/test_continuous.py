@@ -360,6 +360,20 @@ def test_reference_is_the_density_of_the_earlier_actor(scalars):
     assert np.mean(kl[-20:]) < 0.02
 
 
+def test_kl_to_an_earlier_actor_is_held_at_its_budget(scalars):
+    """q goes against the reward, so that the KL must be paid for."""
+    q = klac.Actor(3, klac.make_env("Drift-v0").action_space)
+    q.network[-1].weight.data.zero_()
+    q.network[-1].bias.data = torch.tensor([-0.5, math.atanh((5 - 0.7) / 3.5 - 1)])  # mean -0.5, log std -0.7
+    torch.save({"actor": q.state_dict()}, "q.pt")
+    args = klac.Args(env_id="Drift-v0", total_timesteps=1_500, reference="q.pt", p_end=0.5, batch_size=64, **SHORT)
+    args.q_lr, args.policy_lr = 3e-3, 1e-3
+    logged = {tag: np.array(values).T[1] for tag, values in scalars(klac.train(args)).items()}
+    budget = math.log(4) - klac.exploit_entropy(0.5, 0.25, 1)
+    np.testing.assert_allclose(logged["policy/target_kl"], budget, rtol=1e-5)
+    assert logged["policy/kl"][-300:].mean() == pytest.approx(budget, abs=0.1)
+
+
 @pytest.mark.parametrize("module", BOTH)
 def test_it_learns(scalars, module):
     """A point that must be brought to the origin: a random policy earns about -85, a straight way some -9."""
