@@ -200,7 +200,7 @@ NEEDS = {1: MUJOCO, 2: MINATAR[:2], 3: ["Seaquest-v1"], 4: MINATAR, 5: MINATAR, 
 
 def table(summary: pd.DataFrame) -> pd.DataFrame:
     """A row a task and algorithm: the scores' mean, IQM and median over seeds, the last 10% of steps' return, both with
-    the interval of their mean, Q minus return and the temperature."""
+    the interval of their mean, the deterministic policy's return, Q minus return and the temperature."""
     rows = []
     for (task, algorithm), group in summary.groupby(["task", "algorithm"], sort=False):
         scores = group["score"].to_numpy()
@@ -210,7 +210,7 @@ def table(summary: pd.DataFrame) -> pd.DataFrame:
         row |= {"random": group["random"].mean(), "score": scores.mean(), "low": float(low), "high": float(high)}
         row |= {"IQM": scipy.stats.trim_mean(scores, 0.25), "median": np.median(scores)}
         row |= {"last_return": group["last_return"].mean(), "last_low": float(last_low), "last_high": float(last_high)}
-        rows.append(row | {name: group[name].mean() for name in ("q_minus_return", "alpha")})
+        rows.append(row | {name: group[name].mean() for name in ("evaluation", "q_minus_return", "alpha")})
     return pd.DataFrame(rows)
 
 

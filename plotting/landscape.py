@@ -105,7 +105,7 @@ def main(args: Args) -> None:
     panels = table["dimension"].nunique()
     columns = min(panels, 3)
     rows = -(-panels // columns)
-    size = (2.4 * columns + 0.6, 1.9 * rows + 0.6)
+    size = (max(2.4 * columns + 0.6, 3.6), 1.9 * rows + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[panels:]:
         axis.axis("off")
@@ -122,7 +122,7 @@ def main(args: Args) -> None:
         axis.set(xlabel=f"action, dimension {dimension + 1}")
     figure.supylabel("Q less its maximum", fontsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"{env_id}, state {args.steps} of the episode of seed {args.seed}", fontsize=8)
+    figure.suptitle(f"{env_id}, step {args.steps} of episode {args.seed}", fontsize=8)
     for suffix in ("pdf", "png"):
         metadata = {"CreationDate": None} if suffix == "pdf" else None
         figure.savefig(args.out / f"landscape.{suffix}", dpi=200, metadata=metadata)
