@@ -271,17 +271,22 @@ def critic_loss(batch: Batch, critics: nn.ModuleList, y: torch.Tensor) -> tuple[
     return F.mse_loss(q1, y), F.mse_loss(q2, y), q1, q2
 
 
-def similarity(batch: Batch, actor: Actor, critics, plain_critics, samples: int, centred: bool) -> torch.Tensor:
+def similarity(batch: Batch, actor: Actor, critics, plain_critics, samples: int, centred: bool):
     """The cosine of the vectors min_i Q_i(s, a) and min_i P_i(s, a) over a ~ pi, (B,), in [-1, 1]; centred, it is their
     correlation. Q is far from 0 as a rule, and the cosine alone then close to 1 whatever the critics prefer. Where one
-    does not vary over the samples, as at a bound of the box, there is nothing to disagree on: 1."""
+    does not vary over the samples, as at a bound of the box, there is nothing to disagree on: 1. With it comes the same
+    of Q's twins, (B,): they have one target, so that what they disagree about is chance."""
     obs = batch.obs.repeat_interleave(samples, dim=0)
     action, _, _ = actor.sample(obs)
-    q, p = (torch.minimum(*q_values(twins, obs, action)).view(-1, samples) for twins in (critics, plain_critics))
-    if centred:
-        q, p = q - q.mean(1, keepdim=True), p - p.mean(1, keepdim=True)
-    flat = (q == 0).all(1) | (p == 0).all(1)
-    return F.cosine_similarity(q, p, dim=1).masked_fill(flat, 1.0)
+    q, p = (torch.stack(q_values(twins, obs, action)).view(2, -1, samples) for twins in (critics, plain_critics))
+
+    def cosine(x, y):
+        if centred:
+            x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+        flat = (x == 0).all(1) | (y == 0).all(1)
+        return F.cosine_similarity(x, y, dim=1).masked_fill(flat, 1.0)
+
+    return cosine(q.amin(0), p.amin(0)), cosine(*q)
 
 
 def actor_loss(batch: Batch, actor: Actor, critics, plain_critics, follow_plain, first: bool, alpha: torch.Tensor):
@@ -541,7 +546,7 @@ def train(args: Args) -> Path:
             if global_step % args.policy_frequency == 0:
                 with torch.no_grad():
                     sampled = args.similarity_samples, args.similarity_centred
-                    similarities = compute_similarity(batch, actor, critics, plain_critics, *sampled)
+                    similarities, by_chance = compute_similarity(batch, actor, critics, plain_critics, *sampled)
                     follow_plain = similarities <= args.similarity_threshold
 
             for _ in range(args.policy_frequency if global_step % args.policy_frequency == 0 else 0):
@@ -570,7 +575,8 @@ def train(args: Args) -> Path:
                 scalars |= {"losses/qf1_loss": qf1_loss, "losses/qf2_loss": qf2_loss}
                 scalars |= {"losses/qf_loss": (qf1_loss + qf2_loss) / 2, "losses/actor_loss": pi_loss}
                 scalars |= {"losses/plain_qf1_loss": plain_qf1_loss, "losses/plain_qf1_values": plain_q1.mean()}
-                scalars |= {"adaent/similarity": similarities.mean(), "adaent/plain_share": follow_plain.float().mean()}
+                scalars |= {"adaent/similarity": similarities.mean(), "adaent/twin_similarity": by_chance.mean()}
+                scalars |= {"adaent/plain_share": follow_plain.float().mean()}
                 scalars |= {"losses/alpha": alpha, "policy/exploit_probability": inside}
                 scalars |= {"policy/entropy": entropy, "policy/kl": log_volume - entropy}
                 if args.autotune:

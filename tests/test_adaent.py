@@ -51,22 +51,23 @@ def test_the_similarity_is_the_cosine_over_sampled_actions(made, centred):
     batch, actor, critics, plain_critics = made
     with torch.no_grad():
         torch.manual_seed(2)
-        result = adaent.similarity(batch, actor, critics, plain_critics, 5, centred)
+        result, by_chance = adaent.similarity(batch, actor, critics, plain_critics, 5, centred)
         torch.manual_seed(2)
         actions = actor.sample(batch.obs.repeat_interleave(5, 0))[0].view(16, 5, 1)
         for i in range(16):
-            q, p = np.zeros(5), np.zeros(5)
+            q, p, twins = np.zeros(5), np.zeros(5), np.zeros((2, 5))
             for j in range(5):
                 x = torch.cat([batch.obs[i], actions[i, j]])[None]
                 q[j] = min(critic(x).item() for critic in critics)
                 p[j] = min(critic(x).item() for critic in plain_critics)
-            if centred:
-                assert result[i].item() == pytest.approx(np.corrcoef(q, p)[0, 1], abs=1e-3)
-            else:
-                assert result[i].item() == pytest.approx(q @ p / np.linalg.norm(q) / np.linalg.norm(p), abs=1e-5)
-        torch.testing.assert_close(
-            adaent.similarity(batch, actor, critics, critics, 5, centred), torch.ones(16), atol=1e-3, rtol=0
-        )
+                twins[:, j] = [critic(x).item() for critic in critics]
+            for found, (x, y) in ((result, (q, p)), (by_chance, twins)):
+                if centred:
+                    assert found[i].item() == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-3)
+                else:
+                    assert found[i].item() == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), abs=1e-5)
+        same, _ = adaent.similarity(batch, actor, critics, critics, 5, centred)
+        torch.testing.assert_close(same, torch.ones(16), atol=1e-3, rtol=0)
 
 
 def test_the_actor_climbs_the_plain_critic_where_it_is_told_to(made):
@@ -111,7 +112,8 @@ def test_beyond_its_range_the_threshold_makes_it_one_of_its_siblings(scalars, mo
 def test_it_logs_what_sac_logs_and_its_own_and_some_states_switch(scalars):
     sac = scalars(sac_continuous.train(sac_continuous.Args(**FLAGS)))
     logged = scalars(adaent.train(adaent.Args(similarity_threshold=0.9, **FLAGS)))
-    own = {"losses/plain_qf1_loss", "losses/plain_qf1_values", "adaent/similarity", "adaent/plain_share"}
+    own = {"losses/plain_qf1_loss", "losses/plain_qf1_values"}
+    own |= {"adaent/similarity", "adaent/twin_similarity", "adaent/plain_share"}
     assert logged.keys() - sac.keys() == own
     assert sac.keys() <= logged.keys()
     assert len({value for _, value in logged["adaent/plain_share"]}) > 1
@@ -147,7 +149,7 @@ def test_critics_that_do_not_vary_have_nothing_to_disagree_on(made):
     batch, actor, critics, plain_critics = made
     for parameter in plain_critics.parameters():
         torch.nn.init.zeros_(parameter)
-    result = adaent.similarity(batch, actor, critics, plain_critics, 5, True)
+    result, _ = adaent.similarity(batch, actor, critics, plain_critics, 5, True)
     assert torch.equal(result, torch.ones(16))
 
 

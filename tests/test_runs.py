@@ -104,6 +104,7 @@ def test_every_scalar_of_a_run_is_logged(run_script, scalars, name):
     expected |= {f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS", "q_minus_return")}
     if "adaent" in name:
         expected |= {"losses/plain_qf1_loss", "losses/plain_qf1_values", "adaent/similarity", "adaent/plain_share"}
+        expected |= {"adaent/twin_similarity"}
     assert set(logged) == expected | {"eval/episodic_return"}
     steps = [152, 200, 252, 300, 352] if name.endswith("discrete") else [150, 200, 250, 300, 350]
     assert [step for step, _ in logged["losses/alpha"]] == steps
