@@ -275,16 +275,16 @@ def similarity(batch: Batch, actor: Actor, critics, plain_critics, samples: int,
     """The cosine of the vectors min_i Q_i(s, a) and min_i P_i(s, a) over a ~ pi, (B,), in [-1, 1]; centred, it is their
     correlation. Q is far from 0 as a rule, and the cosine alone then close to 1 whatever the critics prefer. Where one
     does not vary over the samples, as at a bound of the box, there is nothing to disagree on: 1. With it comes the same
-    of Q's twins, (B,): they have one target, so that what they disagree about is chance."""
+    of Q's twins, (B,): they have one target, so that their disagreement is no entropy's."""
     obs = batch.obs.repeat_interleave(samples, dim=0)
     action, _, _ = actor.sample(obs)
     q, p = (torch.stack(q_values(twins, obs, action)).view(2, -1, samples) for twins in (critics, plain_critics))
 
     def cosine(x, y):
+        flat = [v.amax(1) - v.amin(1) <= 1e-5 * v.abs().amax(1) for v in (x, y)]  # but for rounding
         if centred:
             x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
-        flat = (x == 0).all(1) | (y == 0).all(1)
-        return F.cosine_similarity(x, y, dim=1).masked_fill(flat, 1.0)
+        return F.cosine_similarity(x, y, dim=1).masked_fill(flat[0] | flat[1], 1.0)
 
     return cosine(q.amin(0), p.amin(0)), cosine(*q)
 

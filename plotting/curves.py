@@ -31,7 +31,9 @@ NAMES = {
     "exploit_probability": "exploit probability",
     "kl": "KL to the reference (nats)\nand its budget (black)",
 }
-DIVERGENCE = {"kl": "policy/kl", "target_kl": "policy/target_kl"}  # runs of a fixed temperature have no target
+# What only some runs have: a target at a fixed temperature, or another critic, there is none
+OPTIONAL = {"kl": "policy/kl", "target_kl": "policy/target_kl", "similarity": "adaent/similarity"}
+OPTIONAL |= {"twin_similarity": "adaent/twin_similarity", "plain_share": "adaent/plain_share"}
 # Okabe and Ito's palette, told apart by the colour-blind, with a line style beside each colour for greyscale
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))]
@@ -59,22 +61,21 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
     """One run as (binned curves, its row of the summary, its arguments). Raises ValueError if it is not finished."""
     if not (run_dir / "actor.pt").is_file():
         raise ValueError(f"{run_dir}: not the folder of a finished run: it has no actor.pt")
-    args = json.loads((run_dir / "args.json").read_text())
-    total = min(args["total_timesteps"], max_steps or math.inf)
+    try:
+        args = json.loads((run_dir / "args.json").read_text())
+        total, warm_up = min(args["total_timesteps"], max_steps or math.inf), args["learning_starts"]
+        labels = {"task": args["env_id"].removeprefix("MinAtar/"), "algorithm": label(args)}
+        labels |= {"beta": args["beta"] if args.get("bias") else 0.0, "seed": args["seed"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{run_dir}: args.json is damaged") from error
     scalars, _ = read_scalars(run_dir)
     series = {
         name: pd.Series(scalars[tag][1], scalars[tag][0], dtype=float)[lambda s: s.index < total]
-        for name, tag in (QUANTITIES | DIVERGENCE).items()
+        for name, tag in (QUANTITIES | OPTIONAL).items()
         if tag in scalars
     }
-    if missing := QUANTITIES.keys() - series.keys():
-        raise ValueError(f"{run_dir}: too short a run: it has no {', '.join(sorted(missing))}")
-    labels = {
-        "task": args["env_id"].removeprefix("MinAtar/"),
-        "algorithm": label(args),
-        "beta": args["beta"] if args.get("bias") else 0.0,
-        "seed": args["seed"],
-    }
+    if missing := [name for name in QUANTITIES if name not in series or series[name].empty]:
+        raise ValueError(f"{run_dir}: too short, or cut too short: it has no {', '.join(missing)}")
     curves = pd.DataFrame({name: values.groupby(values.index // bin_steps).mean() for name, values in series.items()})
     curves = curves.assign(step=(curves.index + 1) * bin_steps, **labels)[[*labels, "step", *series]]
 
@@ -82,16 +83,17 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
     times = scalars[QUANTITIES["return"]][2][: len(returns)]
     summary = labels | {
         "steps": total,
-        "random": returns[returns.index < args["learning_starts"]].mean(),
+        "random": returns[returns.index < warm_up].mean(),
         "last 10%": returns[returns.index >= 0.9 * total].mean(),
         "best 10": returns.nlargest(10).mean(),
         "argmax": evaluation[-1] if total == args["total_timesteps"] else math.nan,
         "Q": series["q"].iloc[-10:].mean(),
         "Q - return": series["q_minus_return"][lambda s: s.index >= 0.9 * total].mean(),
         "alpha": series["alpha"].iloc[-1],
-        **{name: series[name][lambda s: s.index >= 0.9 * total].mean() for name in DIVERGENCE if name in series},
         "hours": (times[-1] - times[0]) / 3600,
     }
+    for name in ("entropy", *OPTIONAL):  # over the last 10% too
+        summary[name] = series[name][lambda s: s.index >= 0.9 * total].mean() if name in series else math.nan
     return curves, summary, {name: value for name, value in args.items() if name not in FREE}
 
 
@@ -135,6 +137,8 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], pat
 
 def main(args: Args) -> None:
     key = ["task", "algorithm", "beta", "seed"]
+    if args.bin < 1 or (args.steps is not None and args.steps < 1):
+        raise ValueError("--bin and --steps must be at least 1")
     if not args.redraw:
         if not args.runs:
             raise ValueError("no run given: name at least one run's folder, or --redraw")
@@ -148,12 +152,18 @@ def main(args: Args) -> None:
             if different := [name for name in first if first[name] != arguments.get(name)]:
                 raise ValueError(f"{run_dir}: another experiment than its fellow seeds: {', '.join(different)} differ")
             tables.append((curves, summary))
-        args.out.mkdir(parents=True, exist_ok=True)
         curves = pd.concat([table for table, _ in tables]).sort_values([*key, "step"])
-        curves.to_csv(args.out / "curves.csv", index=False, float_format="%.5g")
         summary = pd.DataFrame([row for _, row in tables]).sort_values(key)
+        summary = summary.drop(columns=[name for name in OPTIONAL if summary[name].isna().all()])
+    else:
+        curves, summary = pd.read_csv(args.out / "curves.csv"), pd.read_csv(args.out / "summary.csv")
+    if missing := [name for name in args.show if name not in curves]:
+        raise ValueError(f"--show {missing[0]}: the runs have not logged it")
+    if not args.redraw:
+        args.out.mkdir(parents=True, exist_ok=True)
+        curves.to_csv(args.out / "curves.csv", index=False, float_format="%.5g")
         summary.to_csv(args.out / "summary.csv", index=False, float_format="%.4g")
-    curves, summary = pd.read_csv(args.out / "curves.csv"), pd.read_csv(args.out / "summary.csv")
+        curves, summary = pd.read_csv(args.out / "curves.csv"), pd.read_csv(args.out / "summary.csv")
     draw(curves, summary, args.show, args.out / "curves.png")
     print(markdown(summary))
 

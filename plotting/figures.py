@@ -227,8 +227,11 @@ def main(args: Args) -> None:
         curves.to_csv(args.out / "curves.csv", index=False, float_format="%.4g")
     summary, curves = (pd.read_csv(args.out / name) for name in ("summary.csv", "curves.csv"))
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
+    if extra := sorted(set(summary["algorithm"]) - STYLES.keys()):
+        print(f"in the tables and in no figure: {', '.join(extra)}")
+    shown, shown_curves = (rows[rows["algorithm"].isin(STYLES)] for rows in (summary, curves))
     for number in args.only:
-        here = summary[summary["task"].isin(NEEDS[number])]
+        here = shown[shown["task"].isin(NEEDS[number])]
         absent = [task for task in NEEDS[number] if task not in set(here["task"])]
         if number in (1, 4):
             absent += [f"{task} (by SAC, better than random)" for task in normalise(here)[1]]
@@ -237,15 +240,13 @@ def main(args: Args) -> None:
         if len(absent) == len(NEEDS[number]):
             continue
         with plt.rc_context(style):
-            figure, numbers = FIGURES[number](summary, curves)
+            figure, numbers = FIGURES[number](shown, shown_curves)
             for suffix in ("pdf", "png"):
                 # no date in the file: drawn again from the same runs, it is the same file
                 metadata = {"CreationDate": None} if suffix == "pdf" else None
                 figure.savefig(args.out / f"figure{number}.{suffix}", dpi=200, metadata=metadata)
             plt.close(figure)
         numbers.to_csv(args.out / f"figure{number}.csv", index=False, float_format="%.5g")
-    if extra := sorted(set(summary["algorithm"]) - STYLES.keys()):
-        print(f"in the tables and in no figure: {', '.join(extra)}")
     rows = table(summary)
     rows.to_csv(args.out / "table.csv", index=False, float_format="%.5g")
     (args.out / "table.md").write_text(markdown(rows) + "\n")

@@ -82,14 +82,20 @@ def main(args: Args) -> None:
         raise ValueError(f"{args.run}: must be the folder of a finished run, with its actor.pt")
     if args.steps < 0 or args.dimensions < 1 or args.seed < 0:
         raise ValueError("--steps and --seed must be at least 0, --dimensions at least 1")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        env_id = saved.pop("args")["env_id"]
+    except Exception as error:  # torch raises a different error for each damage
+        raise ValueError(f"{path}: damaged") from error
     if "critics" not in saved:
         raise ValueError(f"{path}: holds no critics: it was written before they were saved")
-    env_id = saved.pop("args")["env_id"]
     saved = {part: {k: x.double().numpy() for k, x in state.items()} for part, state in saved.items()}
     if "network.0.weight" not in saved["actor"]:
         raise ValueError(f"{args.run}: must be a run with continuous actions")
-    env = gym.make(env_id)
+    try:
+        env = gym.make(env_id)
+    except Exception as error:  # of a package that is not installed, or not for this task
+        raise ValueError(f"{args.run}: its task, {env_id}, cannot be made: {str(error).splitlines()[0]}") from error
     box = env.action_space
     obs, _ = env.reset(seed=args.seed)
     for step in range(args.steps):
@@ -120,7 +126,7 @@ def main(args: Args) -> None:
             part["action"], lowest, lowest * (1 - density), color="0.8", linewidth=0, label="policy's density", zorder=0
         )
         axis.set(xlabel=f"action, dimension {dimension + 1}")
-    figure.supylabel("Q less its maximum", fontsize=8)
+    figure.supylabel("Q minus its maximum", fontsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"{env_id}, step {args.steps} of episode {args.seed}", fontsize=8)
     for suffix in ("pdf", "png"):

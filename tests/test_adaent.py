@@ -147,10 +147,18 @@ def test_the_plain_targets_follow_the_plain_critics(monkeypatch):
 
 def test_critics_that_do_not_vary_have_nothing_to_disagree_on(made):
     batch, actor, critics, plain_critics = made
-    for parameter in plain_critics.parameters():
-        torch.nn.init.zeros_(parameter)
-    result, _ = adaent.similarity(batch, actor, critics, plain_critics, 5, True)
-    assert torch.equal(result, torch.ones(16))
+    for critic in plain_critics:  # 0.3 has a mean over 8 of it that rounding moves
+        torch.nn.init.zeros_(critic[-1].weight)
+        torch.nn.init.constant_(critic[-1].bias, 0.3)
+    for samples in (5, 8):
+        result, by_chance = adaent.similarity(batch, actor, critics, plain_critics, samples, True)
+        assert torch.equal(result, torch.ones(16))
+        assert by_chance.min() < 0.999
+
+    torch.nn.init.zeros_(actor.network[-1].weight)
+    actor.network[-1].bias.data = torch.tensor([30.0, -30.0])  # at the bound of the box, whatever is drawn
+    for results in adaent.similarity(batch, actor, critics, plain_critics, 8, True):
+        assert torch.equal(results, torch.ones(16))
 
 
 @pytest.mark.parametrize(("flags", "word"), [

@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 
 import klac_discrete
+import sac_adaent_continuous
+import sac_continuous
 from plotting import curves
 
 
@@ -62,6 +64,25 @@ def test_runs_with_a_reference_stand_beside_those_without(scalars):
         curves.main(curves.Args(runs=[*referred, finished_run(3, reference=str(plain[0]), gamma=0.9)], out=Path("no")))
 
 
+def test_what_only_some_runs_log_is_in_their_rows_alone(scalars):
+    flags = {"env_id": "Drift-v0", "total_timesteps": 300, "learning_starts": 100, "log_interval": 20}
+    folders = []
+    for module in (sac_continuous, sac_adaent_continuous):
+        folders.append(module.train(module.Args(**flags, eval_episodes=1, buffer_size=1000)))
+    curves.main(curves.Args(runs=folders, out=Path("out"), bin=100))
+    summary = pd.read_csv("out/summary.csv").set_index("algorithm")
+    logged = scalars(folders[1])
+    for column in ("similarity", "twin_similarity", "plain_share"):
+        expected = np.mean([value for step, value in logged[f"adaent/{column}"] if step >= 270])
+        assert summary.loc["SAC-AdaEnt", column] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+        assert np.isnan(summary.loc["SAC", column])
+    curves.main(curves.Args(runs=folders[:1], out=Path("plain"), bin=100))
+    assert "similarity" not in pd.read_csv("plain/summary.csv")
+    pd.read_csv("plain/curves.csv").drop(columns="kl").to_csv("plain/curves.csv", index=False)
+    with pytest.raises(ValueError, match="--show kl"):
+        curves.main(curves.Args(redraw=True, out=Path("plain"), show=("kl",)))
+
+
 def test_runs_that_are_no_fellow_seeds_are_refused():
     first = finished_run(1)
     for other, word in ((finished_run(1), "same"), (finished_run(2, gamma=0.9), "gamma")):
@@ -71,4 +92,16 @@ def test_runs_that_are_no_fellow_seeds_are_refused():
         curves.main(curves.Args(runs=[Path("runs")], out=Path("out")))
     with pytest.raises(ValueError, match="no run given"):
         curves.main(curves.Args(out=Path("out")))
+    for flags, word in (
+        ({"bin": 0}, "--bin"),
+        ({"steps": 0}, "--steps"),
+        ({"steps": 50}, "cut too short: it has no q"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            curves.main(curves.Args(runs=[first], out=Path("out"), **flags))
+    args = first / "args.json"
+    for text in ("[1]", "{}", "{"):
+        args.write_text(text)
+        with pytest.raises(ValueError, match=r"args\.json is damaged"):
+            curves.main(curves.Args(runs=[first], out=Path("out")))
     assert not Path("out").exists()

@@ -306,6 +306,26 @@ def test_all_figures_from_runs_and_again_from_tables(campaign, capsys):
 
     figures.main(figures.Args(redraw=True, out=out, only=(3,)))
 
+    # with an algorithm that the figures do not know, they are the same, and its row is in the table
+    for name in ("summary.csv", "curves.csv"):
+        known = pd.read_csv(out / name)
+        other = known[known["algorithm"] == "SAC"].assign(algorithm="KLAC + reference")
+        if name == "summary.csv":
+            other["score"] *= 10
+        pd.concat([known, other]).to_csv(out / name, index=False)
+    capsys.readouterr()
+    figures.main(figures.Args(redraw=True, out=out))
+    assert "in the tables and in no figure: KLAC + reference" in capsys.readouterr().out
+    assert (out / "figure4.csv").read_bytes() == drawn["figure4.csv"]
+    rows = pd.read_csv(out / "table.csv").set_index(["task", "algorithm"])
+    assert rows.loc["Seaquest-v1", "KLAC + reference"]["n"] == 2
+    evaluations = summary[(summary["task"] == "Seaquest-v1") & (summary["algorithm"] == "SAC")]["evaluation"]
+    assert rows.loc["Seaquest-v1", "SAC"]["evaluation"] == pytest.approx(evaluations.mean(), rel=1e-3)
+    for name in ("summary.csv", "curves.csv"):
+        table = pd.read_csv(out / name)
+        table[table["algorithm"] == "KLAC + reference"].to_csv(out / name, index=False)
+    figures.main(figures.Args(redraw=True, out=out))
+
 
 @pytest.mark.parametrize(("flags", "word"), [([], "no run given"), (["nowhere"], "nowhere: not a folder")])
 def test_wrong_calls_are_one_line(flags, word):
