@@ -108,7 +108,7 @@ class Args:
     anneal_timesteps: int | None = None
     """steps over which p moves from p_start to p_end (default: total_timesteps)"""
     reference: str | None = None
-    """reference policy q: the actor.pt of an earlier run on the same spaces (default: uniform)"""
+    """reference policy q: an earlier run, its folder or actor.pt, of a task with the same spaces (default: uniform)"""
 
 
 class UsageError(ValueError):

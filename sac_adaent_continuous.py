@@ -9,7 +9,7 @@ plain twin critic learns the true return, and the actor follows it in the states
     actor         E_{a ~ pi}[alpha log pi - Q], with P for Q in states whose similarity is at most a threshold
     temperature   alpha (H - H*), which holds the entropy H at H* = -d
 
-With a threshold below -1 this is SAC, above 1 KLAC-ab. docs/algorithms.md lists what the poster leaves open.
+With a threshold below -1 this is SAC, above 1 KLAC-ab. docs/algorithms.md lists what its authors leave open.
 """
 
 import copy
@@ -101,9 +101,9 @@ class Args:
     similarity_samples: int = 8
     """actions sampled from the policy in each state, over which the critics are compared"""
     similarity_centred: bool = True
-    """subtract each critic's mean over the samples before the cosine (--no-similarity-centred: the poster's formula)"""
+    """subtract each critic's mean over the samples before the cosine (--no-similarity-centred: Zhang et al.'s formula)"""
     actor_critic: Literal["min", "first"] = "min"
-    """the critic that the actor climbs: the smaller of the twins, or the first (the poster's)"""
+    """the critic that the actor climbs: the smaller of the twins, or the first (Zhang et al.'s)"""
 
 
 class UsageError(ValueError):

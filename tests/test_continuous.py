@@ -368,10 +368,18 @@ def test_kl_to_an_earlier_actor_is_held_at_its_budget(scalars):
     torch.save({"actor": q.state_dict()}, "q.pt")
     args = klac.Args(env_id="Drift-v0", total_timesteps=1_500, reference="q.pt", p_end=0.5, batch_size=64, **SHORT)
     args.q_lr, args.policy_lr = 3e-3, 1e-3
-    logged = {tag: np.array(values).T[1] for tag, values in scalars(klac.train(args)).items()}
+    run_dir = klac.train(args)
+    logged = {tag: np.array(values).T[1] for tag, values in scalars(run_dir).items()}
     budget = math.log(4) - klac.exploit_entropy(0.5, 0.25, 1)
     np.testing.assert_allclose(logged["policy/target_kl"], budget, rtol=1e-5)
     assert logged["policy/kl"][-300:].mean() == pytest.approx(budget, abs=0.1)
+    actor = klac.Actor(3, klac.make_env("Drift-v0").action_space)
+    actor.load_state_dict(torch.load(run_dir / "actor.pt", weights_only=True)["actor"])
+    mean, log_std = (x.item() for x in actor(torch.tensor([[0.0, 1.0, 0.5]])))
+    assert mean > 0  # towards the reward, against q's -0.5
+    # tanh changes no KL: it is that of two Gaussians. At this one state it need not be the mean, but of its size
+    kl = -0.7 - log_std + (math.exp(2 * log_std) + (mean + 0.5) ** 2) / (2 * math.exp(-1.4)) - 0.5
+    assert budget / 3 < kl < 3 * budget
 
 
 @pytest.mark.parametrize("module", BOTH)
