@@ -101,7 +101,7 @@ class Args:
     similarity_samples: int = 8
     """actions sampled from the policy in each state, over which the critics are compared"""
     similarity_centred: bool = True
-    """subtract each critic's mean over the samples before the cosine (--no-similarity-centred: Zhang et al.'s formula)"""
+    """subtract each critic's mean over the samples before the cosine (--no-similarity-centred: as Zhang et al.)"""
     actor_critic: Literal["min", "first"] = "min"
     """the critic that the actor climbs: the smaller of the twins, or the first (Zhang et al.'s)"""
 

@@ -195,7 +195,7 @@ def bandit(rewards=(1.0, 0.5), gamma: float = 0.99) -> MDP:
 
 
 def bifurcation(k: float, on: tuple[float, ...], rewards=(1.0, 0.7), cost: float = 1.0, gamma: float = 0.99) -> MDP:
-    """The poster's entropic bifurcation extension of a choice between groups of actions that pay `rewards` and end.
+    """The entropic bifurcation extension of a choice between groups of actions that pay `rewards` and end.
 
     Group a now leads to a state of its own with k actions: on[a] of them end the episode as before, with nothing more,
     and the others exit at a cost. No optimal policy exits, so that the optimal policy of the choice is what it was. All
