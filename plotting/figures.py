@@ -87,9 +87,9 @@ def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: s
     """A panel a (task, quantity); a line an algorithm, with its interval or its standard deviation."""
     names = {"return": "episodic return", "q": "mean Q of a batch", "entropy": "entropy (nats)"}
     names["q_minus_return"] = "Q minus return"
-    size = (max(2.2 * len(grid[0]), 3.4), 2.0 * len(grid) + 0.4)
+    size = (max(2.2 * len(grid[0]), 3.4), 1.9 * len(grid) + 0.7)
     figure, axes = plt.subplots(len(grid), len(grid[0]), figsize=size, squeeze=False, layout="constrained")
-    numbers = []
+    numbers, lines = [], {}
     for axis in axes.flat[sum(map(len, grid)) :]:
         axis.axis("off")
     for row, panels in enumerate(grid):
@@ -103,7 +103,7 @@ def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: s
                 numbers.append(table)
                 colour, line = STYLES[algorithm]
                 x = table["step"] / 1e6
-                axis.plot(x, table["mean"], color=colour, linestyle=line, label=f"{algorithm} (n={table['n'].iloc[0]})")
+                (lines[algorithm],) = axis.plot(x, table["mean"], color=colour, linestyle=line)
                 ends = (table["low"], table["high"])
                 if band == "sd":
                     ends = (table["mean"] - table["sd"], table["mean"] + table["sd"])
@@ -112,8 +112,13 @@ def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: s
             if row == len(grid) - 1:
                 axis.set_xlabel("environment steps (millions)")
             axis.set_xlim(left=0)
-            axis.legend(fontsize=6.5, frameon=False)
-    return figure, pd.concat(numbers)
+    numbers = pd.concat(numbers)
+    names = [name for name in STYLES if name in lines]
+    counts = {name: numbers[numbers["algorithm"] == name]["n"] for name in names}
+    labels = [f"{name} (n={'-'.join(map(str, sorted({n.min(), n.max()})))})" for name, n in counts.items()]
+    columns = min(len(names), len(grid[0]) + (len(grid[0]) < 3))
+    figure.legend([lines[name] for name in names], labels, loc="outside lower center", ncols=columns, frameon=False)
+    return figure, numbers
 
 
 def figure_1(summary, curves):
