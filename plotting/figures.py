@@ -112,13 +112,12 @@ def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: s
             if row == len(grid) - 1:
                 axis.set_xlabel("environment steps (millions)")
             axis.set_xlim(left=0)
-    numbers = pd.concat(numbers)
+    drawn = curves[curves["task"].isin([task for panels in grid for task, _ in panels])]
     names = [name for name in STYLES if name in lines]
-    counts = {name: numbers[numbers["algorithm"] == name]["n"] for name in names}
-    labels = [f"{name} (n={'-'.join(map(str, sorted({n.min(), n.max()})))})" for name, n in counts.items()]
+    labels = [f"{name} ({seeds_of(drawn[drawn['algorithm'] == name])})" for name in names]
     columns = min(len(names), len(grid[0]) + (len(grid[0]) < 3))
     figure.legend([lines[name] for name in names], labels, loc="outside lower center", ncols=columns, frameon=False)
-    return figure, numbers
+    return figure, pd.concat(numbers)
 
 
 def figure_1(summary, curves):
