@@ -152,7 +152,7 @@ def test_a_run_near_its_time_limit_saves_itself_and_is_requeued_alone():
     Path("fake.py").write_text(fake)
     assert submit("--time", "00:02:00").returncode == 0
     # between its end and its place in the queue a requeued job is nowhere to be seen
-    wait_until_empty(120, lambda: "done" in logs().get("r2", []))
+    wait_until_empty(300, lambda: "done" in logs().get("r2", []))
     words = {name: [word for word in log if not word.isdigit()] for name, log in logs().items()}
     # of the last task of an array the job's number is the array's, and the others are not to be run again with it
     assert words == {"r0": ["start", "done"], "r1": ["start"], "r2": ["start", "saved", "start", "done"]}
