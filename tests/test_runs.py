@@ -374,9 +374,8 @@ def test_tracked_run_reaches_wandb_whole_and_labelled(tmp_path, scalars):
 def test_two_tracked_runs_of_one_process_stay_apart(scalars):
     run_dirs = [klac_discrete.train(klac_discrete.Args(env_id="Walk-v0", seed=seed, track=True, eval_episodes=1,
                 total_timesteps=300, learning_starts=100, log_interval=50)) for seed in (1, 2)]  # fmt: skip
-    time.sleep(
-        2
-    )  # W&B follows the event file from a thread of its own, and may miss what was written just before its end
+    # W&B follows the event file from a thread of its own, and may miss what was written just before its end
+    time.sleep(2)
     wandb.finish()
     histories = [history_of(offline_run) for offline_run in Path("wandb").glob("offline-run-*")]
     counts = {description.display_name: counts for counts, description in histories}
