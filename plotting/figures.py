@@ -3,6 +3,7 @@
     python -m plotting.figures runs/* --out results/figures            all seven
     python -m plotting.figures runs/* --out results/figures --only 1 3
     python -m plotting.figures --wandb entity/klac --out results/figures
+    python -m plotting.figures runs/new* --keep --out results/figures  those runs, and the ones in the tables in --out
     python -m plotting.figures --redraw --out results/figures          again, from the tables in --out, without runs
 
 Writes figureN.pdf, .png and .csv, and what all are drawn from: summary.csv (a row a run), curves.csv, and table.md and
@@ -25,7 +26,7 @@ import pandas as pd
 import scipy.stats
 import tyro
 
-from plotting.runs import markdown, read_folders, read_wandb, tables
+from plotting.runs import add_kept, markdown, read_folders, read_wandb, tables
 from plotting.statistics import AGGREGATES, interval, normalise, performance_profile, profile_interval
 
 MUJOCO = ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5", "Swimmer-v5"]
@@ -55,6 +56,8 @@ class Args:
     """read the runs of this W&B project, entity/project, as well"""
     unfinished: bool = False
     """use unfinished and damaged runs too, as far as they go"""
+    keep: bool = False
+    """keep the runs in the tables in --out too; a run that is given again replaces its rows"""
     redraw: bool = False
     """draw from the tables in --out"""
 
@@ -226,6 +229,8 @@ def main(args: Args) -> None:
             raise ValueError(f"{missing[0]}: not a folder")
         runs = (read_folders(args.runs) if args.runs else []) + (read_wandb(args.wandb) if args.wandb else [])
         summary, curves = tables(runs, args.unfinished)
+        if args.keep:
+            summary, curves = add_kept(summary, curves, args.out)
         args.out.mkdir(parents=True, exist_ok=True)
         summary.to_csv(args.out / "summary.csv", index=False, float_format="%.5g")
         curves.to_csv(args.out / "curves.csv", index=False, float_format="%.4g")

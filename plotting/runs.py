@@ -299,6 +299,20 @@ def tables(runs: list[Run], unfinished: bool, say=print) -> tuple[pd.DataFrame, 
     return summary, curves.reset_index(drop=True)
 
 
+def add_kept(summary: pd.DataFrame, curves: pd.DataFrame, out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The two tables and the rows of `out`'s own, but for runs that both have. Raises ValueError where the budgets of a
+    task differ, which is the only setting that the tables hold, and OSError if there are none."""
+    labels, both = ["task", "algorithm", "seed"], []
+    for name, new in (("summary.csv", summary), ("curves.csv", curves)):
+        kept = pd.read_csv(out / name)
+        kept = kept[~pd.MultiIndex.from_frame(kept[labels]).isin(pd.MultiIndex.from_frame(new[labels]))]
+        both.append(pd.concat([kept, new]).sort_values(labels, kind="stable"))
+    budgets = both[0].groupby("task")["budget"].unique()
+    for task, steps in budgets[budgets.map(len) > 1].items():
+        raise ValueError(f"--keep: {out} has runs of {task} of {steps[0]} steps, and those given have {steps[1]}")
+    return both[0], both[1]
+
+
 def markdown(table: pd.DataFrame) -> str:
     """The table in Markdown, numbers to three digits."""
     rows = [list(table.columns), ["-"] * len(table.columns)]

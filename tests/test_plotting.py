@@ -327,6 +327,26 @@ def test_all_figures_from_runs_and_again_from_tables(campaign, capsys):
     figures.main(figures.Args(redraw=True, out=out))
 
 
+def test_runs_are_added_to_the_tables_of_earlier_ones(campaign):
+    figures.main(figures.Args(runs=campaign, out=Path("at once"), only=(3,)))
+    figures.main(figures.Args(runs=campaign[:6], out=Path("in parts"), only=(3,)))
+    first = {name: (Path("in parts") / name).read_text() for name in ("summary.csv", "curves.csv")}
+    again = campaign[4:]  # two of them are in the tables already
+    figures.main(figures.Args(runs=again, keep=True, out=Path("in parts"), only=(3,)))
+    for name in (*first, "table.csv", "figure3.csv", "figure3.png"):
+        assert (Path("in parts") / name).read_bytes() == (Path("at once") / name).read_bytes(), name
+        assert (Path("in parts") / name).read_text(errors="replace") != first.get(name)
+
+    args = json.loads((campaign[6] / "args.json").read_text())
+    (campaign[6] / "args.json").write_text(json.dumps(args | {"total_timesteps": 2 * args["total_timesteps"]}))
+    before = {path.name: path.read_bytes() for path in Path("at once").iterdir()}
+    with pytest.raises(ValueError, match=f"--keep: at once has runs of {args['env_id']} of {args['total_timesteps']} "):
+        figures.main(figures.Args(runs=[campaign[6]], keep=True, out=Path("at once")))
+    assert {path.name: path.read_bytes() for path in Path("at once").iterdir()} == before
+    with pytest.raises(OSError, match="nowhere"):
+        figures.main(figures.Args(runs=[campaign[0]], keep=True, out=Path("nowhere")))
+
+
 @pytest.mark.parametrize(("flags", "word"), [([], "no run given"), (["nowhere"], "nowhere: not a folder")])
 def test_wrong_calls_are_one_line(flags, word):
     command = [sys.executable, "-m", "plotting.figures", *flags]
