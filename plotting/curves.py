@@ -1,13 +1,15 @@
 """Learning curves of finished runs: python -m plotting.curves --out results/NAME runs/A runs/B ...
 
 Writes curves.csv (binned returns, Q values, alpha, entropy), summary.csv (a row a run) and curves.png into --out, and
-prints the summary as Markdown. `--redraw` does so from the two tables in --out instead, without any run.
+prints the summary as Markdown. `--redraw` does so from the two tables in --out instead, without any run. Runs of one
+algorithm whose settings differ are told apart by what differs: "KLAC, p_start 0.5" and "KLAC, p_start 0.8".
 """
 
 import itertools
 import json
 import math
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,7 +21,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
 
-from plotting.runs import FREE, QUANTITIES, label, markdown, read_scalars
+from plotting.runs import QUANTITIES, label, markdown, read_scalars, settings_of
 
 NAMES = {
     "return": "episodic return",
@@ -58,14 +60,14 @@ class Args:
 
 
 def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.DataFrame, dict, dict]:
-    """One run as (binned curves, its row of the summary, its arguments). Raises ValueError if it is not finished."""
+    """One run as (binned curves, its row of the summary, its settings). Raises ValueError if it is not finished."""
     if not (run_dir / "actor.pt").is_file():
         raise ValueError(f"{run_dir}: not the folder of a finished run: it has no actor.pt")
     try:
         args = json.loads((run_dir / "args.json").read_text())
         total, warm_up = min(args["total_timesteps"], max_steps or math.inf), args["learning_starts"]
-        labels = {"task": args["env_id"].removeprefix("MinAtar/"), "algorithm": label(args)}
-        labels |= {"beta": args["beta"] if args.get("bias") else 0.0, "seed": args["seed"]}
+        labels = {"task": args["env_id"].removeprefix("MinAtar/"), "algorithm": label(args), "seed": args["seed"]}
+        settings = settings_of(args)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run_dir}: args.json is damaged") from error
     scalars, _ = read_scalars(run_dir)
@@ -94,7 +96,21 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
     }
     for name in ("entropy", *OPTIONAL):  # over the last 10% too
         summary[name] = series[name][lambda s: s.index >= 0.9 * total].mean() if name in series else math.nan
-    return curves, summary, {name: value for name, value in args.items() if name not in FREE}
+    if max_steps:
+        settings.pop("total_timesteps")
+    return curves, summary, settings
+
+
+def tell_apart(runs: list[tuple[pd.DataFrame, dict, dict]]) -> None:
+    """Adds to the algorithms' names the settings in which their runs differ on some task."""
+    differing = defaultdict(set)
+    for (_, first, ours), (_, second, theirs) in itertools.combinations(runs, 2):
+        if (first["task"], first["algorithm"]) == (second["task"], second["algorithm"]):
+            names = ours.keys() | theirs.keys()
+            differing[first["algorithm"]] |= {name for name in names if ours.get(name) != theirs.get(name)}
+    for curves, summary, settings in runs:
+        values = [f"{name} {settings.get(name)}" for name in sorted(differing[summary["algorithm"]])]
+        summary["algorithm"] = curves["algorithm"] = ", ".join([summary["algorithm"], *values])
 
 
 def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], path: Path) -> None:
@@ -102,18 +118,15 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], pat
     tasks = list(dict.fromkeys(curves["task"]))
     size = (4.2 * len(tasks), 2.6 * len(show) + 0.4)
     figure, axes = plt.subplots(len(show), len(tasks), figsize=size, squeeze=False, sharex="col", layout="constrained")
-    several_betas = curves.groupby("algorithm")["beta"].nunique().max() > 1
-    groups = [group for group, _ in curves.groupby(["algorithm", "beta"])]
     for (row, quantity), (column, task) in itertools.product(enumerate(show), enumerate(tasks)):
         axis = axes[row, column]
-        for i, (algorithm, beta) in enumerate(groups):
-            chosen = (curves["task"] == task) & (curves["algorithm"] == algorithm) & (curves["beta"] == beta)
+        for i, algorithm in enumerate(sorted(set(curves["algorithm"]))):
+            chosen = (curves["task"] == task) & (curves["algorithm"] == algorithm)
             seeds = curves[chosen].pivot(index="step", columns="seed", values=quantity)
             if seeds.empty:
                 continue
-            label = f"{algorithm}, beta {beta:g}" if several_betas else algorithm
             style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
-            axis.plot(seeds.index / 1e3, seeds.mean(axis=1), **style, label=f"{label} (n={seeds.shape[1]})")
+            axis.plot(seeds.index / 1e3, seeds.mean(axis=1), **style, label=f"{algorithm} (n={seeds.shape[1]})")
             if seeds.shape[1] > 1:
                 axis.plot(seeds.index / 1e3, seeds, **style, linewidth=0.6, alpha=0.5)
             if quantity == "kl" and "target_kl" in curves:
@@ -136,24 +149,20 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], pat
 
 
 def main(args: Args) -> None:
-    key = ["task", "algorithm", "beta", "seed"]
+    key = ["task", "algorithm", "seed"]
     if args.bin < 1 or (args.steps is not None and args.steps < 1):
         raise ValueError("--bin and --steps must be at least 1")
     if not args.redraw:
         if not args.runs:
             raise ValueError("no run given: name at least one run's folder, or --redraw")
-        tables, settings, seen = [], {}, {}
-        for run_dir in args.runs:
-            curves, summary, arguments = read_run(run_dir, args.bin, args.steps)
-            task, algorithm, beta, seed = (summary[name] for name in key)
-            if (other := seen.setdefault((task, algorithm, beta, seed), run_dir)) is not run_dir:
-                raise ValueError(f"{run_dir}: the same task, algorithm, beta and seed as {other}")
-            first = settings.setdefault((task, algorithm, beta), arguments)
-            if different := [name for name in first if first[name] != arguments.get(name)]:
-                raise ValueError(f"{run_dir}: another experiment than its fellow seeds: {', '.join(different)} differ")
-            tables.append((curves, summary))
-        curves = pd.concat([table for table, _ in tables]).sort_values([*key, "step"])
-        summary = pd.DataFrame([row for _, row in tables]).sort_values(key)
+        runs = [read_run(run_dir, args.bin, args.steps) for run_dir in args.runs]
+        tell_apart(runs)
+        seen = {}
+        for run_dir, (_, row, _) in zip(args.runs, runs, strict=True):
+            if (other := seen.setdefault(tuple(row[name] for name in key), run_dir)) is not run_dir:
+                raise ValueError(f"{run_dir}: the same task, algorithm and seed as {other}")
+        curves = pd.concat([table for table, _, _ in runs]).sort_values([*key, "step"])
+        summary = pd.DataFrame([row for _, row, _ in runs]).sort_values(key)
         summary = summary.drop(columns=[name for name in OPTIONAL if summary[name].isna().all()])
     else:
         curves, summary = pd.read_csv(args.out / "curves.csv"), pd.read_csv(args.out / "summary.csv")

@@ -173,10 +173,13 @@ def summarise(name: str, args: dict, scalars: dict, problem: str | None) -> Run:
         count = np.bincount(place, minlength=POINTS)
         with np.errstate(invalid="ignore"):
             curves[quantity] = (np.bincount(place, values, minlength=POINTS) / count).tolist()
-    settings = {key: value for key, value in args.items() if key not in FREE}
-    if not (settings.get("bias") and settings["beta"]):  # two spellings of one experiment
-        settings = {key: value for key, value in settings.items() if key not in ("bias", "beta")}
-    return Run(name, problem, summary, curves, settings)
+    return Run(name, problem, summary, curves, settings_of(args))
+
+
+def settings_of(args: dict) -> dict:
+    """The arguments that make runs of one task and algorithm seeds of one experiment."""
+    without_bias = not (args.get("bias") and args["beta"])  # has two spellings
+    return {k: v for k, v in args.items() if k not in FREE and not (without_bias and k in ("bias", "beta"))}
 
 
 def label(args: dict) -> str:

@@ -1,5 +1,6 @@
 """plotting/curves.py on real, short runs."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -27,11 +28,13 @@ def test_tables_and_figure_follow_from_the_runs(scalars):
     assert len(table) == 3 * len(runs)
 
     returns = scalars(runs[0])["charts/episodic_return"]
-    row = summary[(summary["beta"] == 0) & (summary["seed"] == 1)].iloc[0]
+    names = ["KLAC-b", *(f"KLAC, beta {beta}" for beta in (0.001, 0.01, 0.05, 0.1, 0.5, 1.0))]
+    assert {*zip(summary["algorithm"], summary["seed"], strict=True)} == {(a, s) for a in names for s in (1, 2)}
+    row = summary[(summary["algorithm"] == "KLAC-b") & (summary["seed"] == 1)].iloc[0]
     assert row["random"] == pytest.approx(np.mean([v for step, v in returns if step < 100]), rel=1e-3)
     assert row["last 10%"] == pytest.approx(np.mean([v for step, v in returns if step >= 540]), rel=1e-3)
     assert row["best 10"] == pytest.approx(np.mean(sorted(v for _, v in returns)[-10:]), rel=1e-3)
-    curve = table[(table["beta"] == 0) & (table["seed"] == 1)].set_index("step")["return"]
+    curve = table[(table["algorithm"] == "KLAC-b") & (table["seed"] == 1)].set_index("step")["return"]
     assert list(curve.index) == [200, 400, 600]
     assert curve[400] == pytest.approx(np.mean([v for step, v in returns if 200 <= step < 400]), rel=1e-3)
 
@@ -60,8 +63,10 @@ def test_runs_with_a_reference_stand_beside_those_without(scalars):
             expected = np.mean([value for step, value in logged[f"policy/{column}"] if step >= 540])
             assert summary.loc[key, column] == pytest.approx(expected, rel=1e-3)
     assert np.isnan(summary.loc[("KLAC-b", 1), "target_kl"])  # a fixed temperature has no budget
-    with pytest.raises(ValueError, match="another experiment"):
-        curves.main(curves.Args(runs=[*referred, finished_run(3, reference=str(plain[0]), gamma=0.9)], out=Path("no")))
+    other = finished_run(3, reference=str(plain[0]), gamma=0.9)
+    curves.main(curves.Args(runs=[*plain, *referred, other], out=Path("gammas"), bin=200))
+    names = {"KLAC": {1, 2}, "KLAC + reference, gamma 0.99": {1, 2}, "KLAC + reference, gamma 0.9": {3}}
+    assert pd.read_csv("gammas/summary.csv").groupby("algorithm")["seed"].agg(set).to_dict() == names
 
 
 def test_what_only_some_runs_log_is_in_their_rows_alone(scalars):
@@ -83,11 +88,34 @@ def test_what_only_some_runs_log_is_in_their_rows_alone(scalars):
         curves.main(curves.Args(redraw=True, out=Path("plain"), show=("kl",)))
 
 
-def test_runs_that_are_no_fellow_seeds_are_refused():
+def test_settings_that_differ_on_a_task_are_part_of_the_name_and_those_that_differ_between_tasks_are_not():
+    folders = [finished_run(1), finished_run(2), finished_run(1, p_start=0.7, p_end=0.9)]
+    for folder, task in zip(folders, ("Breakout-v1", "Asterix-v1", "Breakout-v1"), strict=True):
+        args = json.loads((folder / "args.json").read_text()) | {"env_id": task}
+        args |= {"tau": 0.5} if task == "Asterix-v1" else {"total_timesteps": args["seed"] * 600}
+        (folder / "args.json").write_text(json.dumps(args))
+    longer = finished_run(2, p_start=0.7, p_end=0.9)
+    args = json.loads((longer / "args.json").read_text()) | {"env_id": "Breakout-v1", "total_timesteps": 700}
+    (longer / "args.json").write_text(json.dumps(args))
+    curves.main(curves.Args(runs=[*folders, longer], out=Path("out"), bin=200, steps=600))
+    rows = pd.read_csv("out/summary.csv")
+    expected = {
+        ("Asterix-v1", "KLAC, p_end 0.8, p_start 0.5", 2),
+        ("Breakout-v1", "KLAC, p_end 0.8, p_start 0.5", 1),
+        ("Breakout-v1", "KLAC, p_end 0.9, p_start 0.7", 1),
+        ("Breakout-v1", "KLAC, p_end 0.9, p_start 0.7", 2),  # cut by --steps
+    }
+    assert {*rows[["task", "algorithm", "seed"]].itertuples(index=False, name=None)} == expected
+    assert set(pd.read_csv("out/curves.csv")["algorithm"]) == {name for _, name, _ in expected}
+    curves.main(curves.Args(runs=[folders[2], longer], out=Path("lengths"), bin=200))
+    names = {"KLAC, total_timesteps 600", "KLAC, total_timesteps 700"}
+    assert set(pd.read_csv("lengths/summary.csv")["algorithm"]) == names
+
+
+def test_wrong_calls_and_damaged_runs_are_refused():
     first = finished_run(1)
-    for other, word in ((finished_run(1), "same"), (finished_run(2, gamma=0.9), "gamma")):
-        with pytest.raises(ValueError, match=word):
-            curves.main(curves.Args(runs=[first, other], out=Path("out")))
+    with pytest.raises(ValueError, match="the same task, algorithm and seed as runs/"):
+        curves.main(curves.Args(runs=[first, finished_run(1)], out=Path("out")))
     with pytest.raises(ValueError, match="finished"):
         curves.main(curves.Args(runs=[Path("runs")], out=Path("out")))
     with pytest.raises(ValueError, match="no run given"):
