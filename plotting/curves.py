@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
 
+from plotting.figures import STYLES
 from plotting.runs import QUANTITIES, label, markdown, read_scalars, settings_of
 
 NAMES = {
@@ -36,9 +37,6 @@ NAMES = {
 # What only some runs have: a target at a fixed temperature, or another critic, there is none
 OPTIONAL = {"kl": "policy/kl", "target_kl": "policy/target_kl", "similarity": "adaent/similarity"}
 OPTIONAL |= {"twin_similarity": "adaent/twin_similarity", "plain_share": "adaent/plain_share"}
-# Okabe and Ito's palette, told apart by the colour-blind, with a line style beside each colour for greyscale
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))]
 
 
 @dataclass
@@ -118,14 +116,17 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], pat
     tasks = list(dict.fromkeys(curves["task"]))
     size = (4.2 * len(tasks), 2.6 * len(show) + 0.4)
     figure, axes = plt.subplots(len(show), len(tasks), figsize=size, squeeze=False, sharex="col", layout="constrained")
+    algorithms = sorted(set(curves["algorithm"]))
+    others = itertools.cycle([style for name, style in STYLES.items() if name not in algorithms] or STYLES.values())
+    styles = {name: STYLES[name] if name in STYLES else next(others) for name in algorithms}
     for (row, quantity), (column, task) in itertools.product(enumerate(show), enumerate(tasks)):
         axis = axes[row, column]
-        for i, algorithm in enumerate(sorted(set(curves["algorithm"]))):
+        for algorithm, (colour, line) in styles.items():
             chosen = (curves["task"] == task) & (curves["algorithm"] == algorithm)
             seeds = curves[chosen].pivot(index="step", columns="seed", values=quantity)
             if seeds.empty:
                 continue
-            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
+            style = {"color": colour, "linestyle": line}
             axis.plot(seeds.index / 1e3, seeds.mean(axis=1), **style, label=f"{algorithm} (n={seeds.shape[1]})")
             if seeds.shape[1] > 1:
                 axis.plot(seeds.index / 1e3, seeds, **style, linewidth=0.6, alpha=0.5)

@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 import tyro
+from matplotlib.ticker import NullLocator, SymmetricalLogLocator
 
 from plotting.runs import add_kept, markdown, read_folders, read_wandb, tables
 from plotting.statistics import AGGREGATES, interval, normalise, performance_profile, profile_interval
@@ -80,7 +81,7 @@ def curve(curves: pd.DataFrame, task: str, algorithm: str, quantity: str) -> pd.
     """Mean over seeds of the smoothed curves, its interval and their standard deviation, a row a step."""
     rows = curves[(curves["task"] == task) & (curves["algorithm"] == algorithm)]
     seeds = rows.pivot(index="step", columns="seed", values=quantity).interpolate(limit_area="inside")
-    seeds = seeds.rolling(SMOOTHING, center=True, min_periods=1).mean().dropna(how="any")
+    seeds = seeds.rolling(SMOOTHING, center=True).mean().dropna(how="any")  # whole windows only
     low, high = interval([seeds.to_numpy()], np.mean) if len(seeds) else (np.nan, np.nan)
     table = pd.DataFrame({"mean": seeds.mean(axis=1), "low": low, "high": high, "sd": seeds.std(axis=1)})
     return table.assign(n=seeds.shape[1], task=task, algorithm=algorithm, quantity=quantity).reset_index()
@@ -112,9 +113,12 @@ def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: s
                     ends = (table["mean"] - table["sd"], table["mean"] + table["sd"])
                 axis.fill_between(x, *ends, color=colour, alpha=0.2, linewidth=0)
             axis.set(title=task, ylabel=names[quantity] if column == 0 or panels[column - 1][1] != quantity else None)
-            if row == len(grid) - 1:
-                axis.set_xlabel("environment steps (millions)")
-            axis.set_xlim(left=0)
+            axis.set(xlabel="environment steps (millions)", xlim=(0, None))
+            if quantity in ("q", "q_minus_return") and task in MINATAR:  # SAC's may be a hundred times KLAC's
+                axis.set_yscale("symlog", linthresh=1)
+                axis.yaxis.set_major_locator(SymmetricalLogLocator(linthresh=1, base=10, subs=(1, 3)))
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_locator(NullLocator())
     drawn = curves[curves["task"].isin([task for panels in grid for task, _ in panels])]
     names = [name for name in STYLES if name in lines]
     labels = [f"{name} ({seeds_of(drawn[drawn['algorithm'] == name])})" for name in names]
@@ -127,7 +131,8 @@ def figure_1(summary, curves):
     """Mean, IQM and median of the normalised scores over the MuJoCo tasks."""
     scores, left_out = normalise(summary[summary["task"].isin(MUJOCO)])
     names = [name for name in STYLES if name in scores]
-    figure, axes = plt.subplots(1, 3, figsize=(7.0, 0.45 * len(names) + 1.1), sharey=True, layout="constrained")
+    size = (7.0, 0.45 * len(names) + 1.1)
+    figure, axes = plt.subplots(1, 3, figsize=size, sharex=True, sharey=True, layout="constrained")
     numbers = []
     for axis, (statistic, function) in zip(axes, AGGREGATES.items(), strict=True):
         for place, name in enumerate(names):
@@ -161,7 +166,7 @@ def figure_3(summary, curves):
 
 
 def figure_4(summary, curves):
-    """Performance profiles of the MinAtar games, against multiples of SAC's mean score."""
+    """Performance profiles of the MinAtar games, scores normalised by the random policy's and SAC's mean."""
     scores, _ = normalise(summary[summary["task"].isin(MINATAR)])
     highest = max(x.max() for tasks in scores.values() for x in tasks.values())
     thresholds = np.linspace(0, 1.05 * highest, 201)
@@ -176,14 +181,16 @@ def figure_4(summary, curves):
         axis.fill_between(thresholds, low, high, color=STYLES[name][0], alpha=0.2, linewidth=0)
         numbers.append(pd.DataFrame({"threshold": thresholds, "share": share, "low": low, "high": high}))
         numbers[-1]["algorithm"] = name
-    axis.set(xlabel=r"$\tau$, in multiples of SAC's mean score", ylabel=r"share of runs with a score above $\tau$")
+    axis.set(xlabel=r"$\tau$: (score - random) / (SAC's mean score - random)")
+    axis.set(ylabel=r"share of runs with a score above $\tau$")
     figure.legend(loc="outside upper center", ncols=2, fontsize=6.5, frameon=False)
     return figure, pd.concat(numbers)
 
 
 def figure_5(summary, curves):
     """Returns on the five MinAtar games, mean and standard deviation over seeds."""
-    return draw_curves(curves, [[(task, "return") for task in present(summary, MINATAR)]], band="sd")
+    tasks = present(summary, MINATAR)
+    return draw_curves(curves, [[(task, "return") for task in row] for row in (tasks[:3], tasks[3:]) if row], band="sd")
 
 
 def figure_6(summary, curves):
@@ -194,7 +201,7 @@ def figure_6(summary, curves):
 
 
 def figure_7(summary, curves):
-    """Q minus the discounted return that was earned, on all tasks: what the paper calls runaway values, measured."""
+    """Q minus the discounted reward that was earned, on all tasks; entropy and beta are a part of Q."""
     tasks = present(summary, MINATAR + MUJOCO)
     return draw_curves(
         curves, [[(task, "q_minus_return") for task in tasks[i : i + 5]] for i in range(0, len(tasks), 5)]

@@ -327,6 +327,16 @@ def test_all_figures_from_runs_and_again_from_tables(campaign, capsys):
     figures.main(figures.Args(redraw=True, out=out))
 
 
+def test_a_smoothed_curve_has_no_point_without_a_whole_window_of_data():
+    steps = np.arange(1, 41) * 10
+    rows = pd.DataFrame({"task": "T", "algorithm": "SAC", "seed": 1, "step": steps, "q": steps.astype(float)})
+    rows.loc[rows["step"] < 100, "q"] = np.nan  # before the first update
+    rows.loc[rows["step"] == 200, "q"] = np.nan
+    curve = figures.curve(rows, "T", "SAC", "q").set_index("step")["mean"]
+    assert (curve.index[0], curve.index[-1]) == (140, 360)
+    assert curve.to_numpy() == pytest.approx(curve.index.to_numpy())  # the mean of nine points of a line is its middle
+
+
 def test_runs_are_added_to_the_tables_of_earlier_ones(campaign):
     figures.main(figures.Args(runs=campaign, out=Path("at once"), only=(3,)))
     figures.main(figures.Args(runs=campaign[:6], out=Path("in parts"), only=(3,)))
