@@ -1,4 +1,4 @@
-"""Draws the paper's figures 1 to 6 from finished runs, and a seventh of over-estimation, with their numbers.
+"""Draws the paper's figures 1 to 6 from finished runs, and a seventh of Q minus return, with their numbers.
 
     python -m plotting.figures runs/* --out results/figures            all seven
     python -m plotting.figures runs/* --out results/figures --only 1 3

@@ -347,6 +347,21 @@ def test_the_projection_is_boltzmanns_for_huge_values():
     assert np.isfinite(log_pi).all()
 
 
+def test_the_entropy_in_the_reward_is_concave_and_not_separable():
+    def entropy(mu):  # of Eq. 4, (..., states, actions)
+        return -scipy.special.rel_entr(mu, mu.sum(-1, keepdims=True)).sum((-1, -2))
+
+    rng = np.random.default_rng(0)
+    a, b = rng.dirichlet(np.full(12, 0.3), (2, 5000)).reshape(2, 5000, 3, 4)
+    middle, ends = entropy((a + b) / 2), (entropy(a) + entropy(b)) / 2
+    assert (middle >= ends - 1e-12).all()
+    assert (middle > ends + 1e-3).any()
+    mu, step = np.full((3, 4), 1 / 12), 1e-3
+    one, other = step * np.eye(12)[:2].reshape(2, 3, 4)
+    mixed = entropy(mu + one + other) - entropy(mu + one) - entropy(mu + other) + entropy(mu)
+    assert mixed / step**2 == pytest.approx(1 / mu[0].sum(), rel=0.05)  # 1 / mu_s, which a separable one has not
+
+
 def test_klacs_fixed_point_need_not_be_the_only_one():
     """A step to a state whose right action, one of 11, pays 1 and leads back: acting at random there is worth so
     little that there is no reason to go or to act otherwise; once it is worth much, there is none to stop."""
