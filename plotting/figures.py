@@ -119,6 +119,9 @@ def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: s
                 axis.yaxis.set_major_locator(SymmetricalLogLocator(linthresh=1, base=10, subs=(1, 3)))
                 axis.yaxis.set_major_formatter("{x:g}")
                 axis.yaxis.set_minor_locator(NullLocator())
+    if not numbers:
+        plt.close(figure)
+        raise ValueError(f"runs too short for {SMOOTHING} points in a row")
     drawn = curves[curves["task"].isin([task for panels in grid for task, _ in panels])]
     names = [name for name in STYLES if name in lines]
     labels = [f"{name} ({seeds_of(drawn[drawn['algorithm'] == name])})" for name in names]
@@ -256,7 +259,11 @@ def main(args: Args) -> None:
         if len(absent) == len(NEEDS[number]):
             continue
         with plt.rc_context(style):
-            figure, numbers = FIGURES[number](shown, shown_curves)
+            try:
+                figure, numbers = FIGURES[number](shown, shown_curves)
+            except ValueError as error:
+                print(f"figure {number}: {error}")
+                continue
             for suffix in ("pdf", "png"):
                 # no date in the file: drawn again from the same runs, it is the same file
                 metadata = {"CreationDate": None} if suffix == "pdf" else None

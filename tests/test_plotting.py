@@ -337,6 +337,19 @@ def test_a_smoothed_curve_has_no_point_without_a_whole_window_of_data():
     assert curve.to_numpy() == pytest.approx(curve.index.to_numpy())  # the mean of nine points of a line is its middle
 
 
+def test_runs_too_short_for_a_curve_are_in_the_table(capsys):
+    shutil.copytree(ROOT / "results/figures", "out")
+    curves = pd.read_csv("out/curves.csv")
+    end = curves.groupby("task")["step"].transform("max")
+    curves[curves["step"] > 0.98 * end].to_csv("out/curves.csv", index=False)
+    for path in Path("out").glob("figure3.*"):
+        path.unlink()
+    figures.main(figures.Args(redraw=True, out=Path("out"), only=(1, 3)))
+    assert "figure 3: runs too short for 9 points in a row\n" in capsys.readouterr().out
+    assert not list(Path("out").glob("figure3.*"))
+    assert (Path("out") / "table.md").read_text() == (ROOT / "results/figures/table.md").read_text()
+
+
 def test_runs_are_added_to_the_tables_of_earlier_ones(campaign):
     figures.main(figures.Args(runs=campaign, out=Path("at once"), only=(3,)))
     figures.main(figures.Args(runs=campaign[:6], out=Path("in parts"), only=(3,)))
