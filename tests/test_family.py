@@ -34,7 +34,7 @@ def blocks(module):
 
 def test_shared_blocks_are_identical():
     everywhere = {"UsageError", "Linear", "Batch", "ReplayBuffer", "temperature_loss", "start_logging"}
-    everywhere |= {"check_finite", "save", "load", "find_run", "stop_signals", "stop"}
+    everywhere |= {"cpu", "use_onednn", "check_finite", "save", "load", "find_run", "stop_signals", "stop"}
     of_a_kind = everywhere | {"make_env", "preprocess", "make_network", "critic_loss", "evaluate", "evaluate_run"}
     for sac, klac, _ in PAIRS:
         own = {"discrete": {"MinAtarFixes"}, "continuous": {"Actor", "q_values", "box_log_volume"}}

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import klac_discrete as klac
+import sac_discrete
 from klac_discrete import Args, Batch
 
 CPU = torch.device("cpu")
@@ -291,6 +292,32 @@ def test_evaluation_plays_the_most_probable_action():
     assert (klac.evaluate(actor, args, None) == 1).all()
     actor.weight.data = -0.01 * torch.eye(4)
     assert (klac.evaluate(actor, args, None) == 0).all()
+
+
+@pytest.mark.parametrize("module", [klac, sac_discrete], ids=["klac", "sac"])
+def test_actions_are_drawn_from_the_policy(monkeypatch, module):
+    pi, actions = np.array([0.6, 0.3, 0.1, 0.0]), []
+
+    def make_network(obs_shape, n):
+        network = torch.nn.Linear(*obs_shape, n)
+        network.weight.data.zero_()
+        network.bias.data.copy_(torch.tensor(pi).clamp(min=1e-30).log())
+        return network
+
+    class Record(gym.Wrapper):
+        def step(self, action):
+            actions.append(action)
+            return self.env.step(action)
+
+    make_env = module.make_env
+    monkeypatch.setattr(module, "make_network", make_network)
+    monkeypatch.setattr(module, "make_env", lambda *args: Record(make_env(*args)))
+    args = module.Args(env_id="Bandit-v0", total_timesteps=5_000, learning_starts=0, eval_episodes=1)
+    args.update_frequency = 10_000  # no update
+    module.train(args)
+    counts = np.bincount(actions[:5_000], minlength=4)
+    assert counts[3] == 0
+    assert scipy.stats.chisquare(counts[:3], 5_000 * pi[:3]).pvalue > 1e-3
 
 
 def test_reference_can_be_forked_as_the_documentation_says(scalars, monkeypatch):

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,34 @@ def conversions(monkeypatch):
     """Counts the tensors that are handed to oneDNN."""
     calls, real = [], torch.Tensor.to_mkldnn
     monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda self: calls.append(self.shape) or real(self))
+    for name in SCRIPTS:
+        monkeypatch.setattr(importlib.import_module(name), "use_onednn", True)
     return calls
+
+
+@pytest.mark.skipif(not shutil.which("lscpu"), reason="no lscpu to compare with")
+def test_onednn_is_used_on_zen_5_alone():
+    printed = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
+    cpu = {key: value.strip() for key, _, value in (line.partition(":") for line in printed.splitlines())}
+    zen5 = cpu.get("Vendor ID") == "AuthenticAMD" and cpu.get("CPU family") == "26"
+    assert klac_discrete.use_onednn == (zen5 and torch.backends.mkldnn.is_available())
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("AuthenticAMD\ncpu family\t: 26", True),
+        ("AuthenticAMD\ncpu family\t: 25", False),
+        ("GenuineIntel\ncpu family\t: 26", False),
+    ],
+)
+def test_zen_5_is_known_by_vendor_and_family(monkeypatch, line, expected):
+    real = Path.read_text
+    cpuinfo = f"processor\t: 0\nvendor_id\t: {line}\nmodel\t\t: 2\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, *a: cpuinfo if str(self) == "/proc/cpuinfo" else real(self, *a))
+    monkeypatch.setattr(Path, "exists", lambda self: str(self) == "/proc/cpuinfo")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert runpy.run_path(ROOT / "klac_discrete.py")["use_onednn"] is expected
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
