@@ -138,12 +138,13 @@ def check_args(args: Args, env: gym.Env) -> None:
     total = args.total_timesteps
     positive = "total_timesteps buffer_size batch_size policy_frequency target_network_frequency "
     positive += "policy_lr q_lr log_interval checkpoint_interval eval_episodes exploit_radius"
-    rules = [(x, 0 < getattr(args, x) < 2**62, "positive") for x in positive.split()]
+    rules = [(x, 0 < getattr(args, x) < 2**62, "positive and below 2**62") for x in positive.split()]
     rules += [
         ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
         ("gamma", 0 <= args.gamma < 1, "in [0, 1)"),
         ("tau", 0 < args.tau <= 1, "in (0, 1]"),
         ("alpha", 0 <= args.alpha < math.inf, "at least 0 and finite"),
+        ("alpha", not args.autotune or args.alpha == Args.alpha, "with --no-autotune: otherwise alpha is learned"),
         ("batch_size", args.batch_size <= args.buffer_size, f"at most --buffer-size {args.buffer_size}"),
         ("learning_starts", 0 <= args.learning_starts < total, f"at least 0 and below --total-timesteps {total}"),
         ("similarity_threshold", math.isfinite(args.similarity_threshold), "finite"),
@@ -642,10 +643,10 @@ def stop(number: int, _) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    for number in (signal.SIGINT, signal.SIGTERM) if not args.evaluate else ():
+    for number in (signal.SIGINT, signal.SIGTERM) if args.evaluate is None else ():
         signal.signal(number, stop)
     try:
-        evaluate_run(args) if args.evaluate else train(args)
+        train(args) if args.evaluate is None else evaluate_run(args)
     except (UsageError, FloatingPointError, OSError) as error:
         print(" ".join(f"{Path(__file__).name}: {error}".split()), file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -149,7 +149,7 @@ BAD_FLAGS = [
     (["--learning-starts", "-1"], ["--learning-starts -1"]),
     (["--batch-size", "65", "--buffer-size", "64"], ["--batch-size 65", "--buffer-size 64"]),
     (["--buffer-size", "9999999999999"], ["--buffer-size 9999999999999", "memory"]),
-    (["--total-timesteps", "99999999999999999999"], ["--total-timesteps 99999999999999999999"]),
+    (["--total-timesteps", "99999999999999999999"], ["--total-timesteps 99999999999999999999", "below 2**62"]),
     *[
         ([f"--{flag}", value], [f"--{flag} {value}", "positive"])
         for flag in ("total-timesteps", "buffer-size", "batch-size", "target-network-frequency", "log-interval",
@@ -161,7 +161,9 @@ BAD_FLAGS = [
     (["--gamma", "-0.1"], ["--gamma -0.1", "[0, 1)"]),
     (["--tau", "0.0"], ["--tau 0.0", "(0, 1]"]),
     (["--tau", "1.5"], ["--tau 1.5", "(0, 1]"]),
-    (["--alpha", "-1.0"], ["--alpha -1.0"]),
+    (["--alpha", "-1.0"], ["--alpha -1.0", "at least 0"]),
+    (["--alpha", "0.5"], ["--alpha 0.5", "with --no-autotune"]),
+    (["--evaluate", ""], ["--evaluate"]),
     (["--seed", "-1"], ["--seed -1"]),
     (["--exp-name", "a/b"], ["--exp-name a/b", "folder name"]),
     (["--run-name", "../elsewhere"], ["--run-name ../elsewhere", "folder name"]),
@@ -177,7 +179,8 @@ BAD_KLAC = [
 ]
 BAD_DISCRETE = [
     (["--env-id", "Sequest-v1"], ["--env-id Sequest-v1", "Seaquest-v1"]),
-    (["--env-id", "MinAtar/Pong-v1"], ["--env-id MinAtar/Pong-v1", "Nearest"]),
+    (["--env-id", "MinAtar/Sequest-v1"], ["--env-id MinAtar/Sequest-v1", "Nearest ids: Seaquest-v1"]),
+    (["--env-id", "MinAtar/Car-v1"], ["--env-id MinAtar/Car-v1", "Nearest ids: Freeway-v1"]),
     (["--env-id", "CartPole-v9"], ["--env-id CartPole-v9", "CartPole-v1"]),
     (["--env-id", "Pendulum-v1"], ["--env-id Pendulum-v1", "ac_continuous.py"]),
     (["--env-id", "Hopper-v4"], ["--env-id Hopper-v4"]),
@@ -246,7 +249,11 @@ def test_bad_reference_files_are_refused(run_script, tmp_path, name, other_task)
     (tmp_path / "noise.pt").write_bytes(b"not a checkpoint")
     torch.save({"weights": 1}, tmp_path / "keys.pt")
     torch.save({"actor": Malicious()}, tmp_path / "malicious.pt")
-    for path in ("noise.pt", "keys.pt", "malicious.pt", "runs/other/actor.pt", "runs"):
+    assert run("--env-id", SCRIPTS[name][0], *SHORT, "--run-name", "same")[0] == 0
+    state = torch.load("runs/same/actor.pt")
+    next(iter(state["actor"].values()))[0] = torch.nan
+    torch.save(state, tmp_path / "nan.pt")
+    for path in ("noise.pt", "keys.pt", "malicious.pt", "runs/other/actor.pt", "nan.pt", "runs"):
         code, _, errors = run("--env-id", SCRIPTS[name][0], *SHORT, "--run-name", "mine", "--reference", path)
         assert code == 2
         assert errors.count("\n") == 1, errors
