@@ -115,6 +115,8 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     gym.logger.min_level = gym.logger.ERROR
     try:
         env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
+        if env.spec.max_episode_steps is None:  # a policy that stays alive would be neither logged nor saved
+            env = gym.wrappers.TimeLimit(env, 10_000)
         if render:
             env.reset(seed=0)
             env.render()  # fails now rather than in the run
@@ -395,8 +397,8 @@ def start_logging(args: Args, algorithm: str, run_dir: Path, first_step: int) ->
 
 @torch.inference_mode()
 def evaluate(actor: nn.Module, args: Args, video: Path, deterministic: bool = True) -> np.ndarray:
-    """Returns of `args.eval_episodes` episodes of the mean action, or of sampled ones, each cut at 10,000 steps."""
-    env = gym.wrappers.TimeLimit(make_env(args.env_id, args.capture_video), 10_000)
+    """Returns of `args.eval_episodes` episodes of the mean action, or of sampled ones."""
+    env = make_env(args.env_id, args.capture_video)
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(video), video_length=300, gc_trigger=None)
     rng = np.random.default_rng([args.seed, 1])  # not the run's own generator: an evaluation changes nothing in a run

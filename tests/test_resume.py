@@ -181,6 +181,21 @@ def test_a_second_ctrl_c_stops_at_once():
     assert process.returncode == -signal.SIGINT  # a shell calls that 130
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_episode_of_a_task_without_a_limit_is_truncated_so_that_the_run_is_saved(scalars, monkeypatch, name):
+    module = importlib.import_module(name)
+    env_id = "Unlimited-v0" if "discrete" in name else "ContinuousUnlimited-v0"
+    args = module.Args(env_id=env_id, total_timesteps=20_100, learning_starts=20_050, eval_episodes=1)
+    args.checkpoint_interval, args.buffer_size, saved, real = 5_000, 20_100, [], module.save
+    monkeypatch.setattr(module, "save", lambda state, path: saved.append(state) or real(state, path))
+    logged = scalars(module.train(args))
+    assert logged["charts/episodic_length"] == [(9_999, 10_000), (19_999, 10_000)]
+    assert [state["step"] for state in saved[:-1]] == [10_000, 20_000]
+    terminations = saved[1]["buffer"]["columns"][-1]
+    assert not terminations.any()  # a truncation: the target bootstraps
+    assert logged["eval/episodic_return"] == [(20_100, 10_000)]
+
+
 def unfinished(module, **flags):
     """A run that was killed at its fourth checkpoint, after its first updates, and its arguments."""
     args = module.Args(**(TINY | {"env_id": "Walk-v0", "run_name": "unfinished", "resume": True} | flags))
