@@ -151,7 +151,7 @@ def check_args(args: Args, env: gym.Env) -> None:
         ("gamma", 0 <= args.gamma < 1, "in [0, 1)"),
         ("tau", 0 < args.tau <= 1, "in (0, 1]"),
         ("alpha", 0 <= args.alpha < math.inf, "at least 0 and finite"),
-        ("alpha", not args.autotune or args.alpha == Args.alpha, "with --no-autotune: otherwise alpha is learned"),
+        ("alpha", not args.autotune or args.alpha == Args.alpha, "given with --no-autotune: otherwise it is learned"),
         ("batch_size", args.batch_size <= args.buffer_size, f"at most --buffer-size {args.buffer_size}"),
         ("learning_starts", 0 <= args.learning_starts < total, f"at least 0 and below --total-timesteps {total}"),
         ("beta", math.isfinite(args.beta), "finite"),
