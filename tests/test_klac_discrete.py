@@ -123,7 +123,8 @@ def test_the_first_update_is_the_one_worked_out_by_hand(scalars, monkeypatch, re
 
     monkeypatch.setattr(klac, "td_target", record)
     args = Args(env_id="Walk-v0", total_timesteps=105, beta=0.5, batch_size=8, policy_lr=1e-2, q_lr=2e-3, **TINY)
-    args.autotune, args.alpha = alpha == 1.0, alpha  # learned, alpha starts at 1
+    if alpha != 1.0:  # the value at which a learned one starts
+        args.autotune, args.alpha = False, alpha
     args.reference = earlier if reference == "earlier" else None
     run_dir = klac.train(args)
     logged = {tag: dict(values) for tag, values in scalars(run_dir).items()}
