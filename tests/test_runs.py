@@ -179,6 +179,7 @@ BAD_KLAC = [
 ]
 BAD_DISCRETE = [
     (["--env-id", "Sequest-v1"], ["--env-id Sequest-v1", "Seaquest-v1"]),
+    (["--env-id", "MinAtar/Pong-v1"], ["--env-id MinAtar/Pong-v1", "Nearest"]),
     (["--env-id", "MinAtar/Sequest-v1"], ["--env-id MinAtar/Sequest-v1", "Nearest ids: Seaquest-v1"]),
     (["--env-id", "MinAtar/Car-v1"], ["--env-id MinAtar/Car-v1", "Nearest ids: Freeway-v1"]),
     (["--env-id", "CartPole-v9"], ["--env-id CartPole-v9", "CartPole-v1"]),
