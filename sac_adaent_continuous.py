@@ -1,3 +1,11 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "torch==2.13.0", "gymnasium[classic-control,mujoco]>=1.3,<1.5", "minatar>=1.0.15,<1.1", "moviepy>=2.1,<3",
+#     "mujoco>=3.3,<3.11", "numpy>=2.0,<3", "tensorboard>=2.18,<3", "tqdm>=4.66,<5", "tyro>=0.9,<2",
+#     "wandb>=0.31,<0.32",
+# ]
+# ///
 """SAC-AdaEnt (SAC with adaptive entropy) for continuous actions, in one file (Zhang, Chang and Gao, 2025).
 
 SAC's critic can mislead its actor where precision matters: the entropy that it is paid for drowns the reward. A second,
@@ -5,7 +13,7 @@ plain twin critic learns the true return, and the actor follows it in the states
 
     critic        y = r + gamma (1 - terminated) [min_i Q_i'(s', a') - alpha log pi], a' ~ pi
     plain critic  y = r + gamma (1 - terminated) min_i P_i'(s', a'), of the same a'
-    similarity    of the vectors Q(s) and P(s) over sampled actions, by their cosine
+    similarity    of the target networks' Q'(s) and P'(s) over sampled actions, by their cosine
     actor         E_{a ~ pi}[alpha log pi - Q], with P for Q in states whose similarity is at most a threshold
     temperature   alpha (H - H*), which holds the entropy H at H* = -d
 
@@ -13,16 +21,9 @@ With a threshold below -1 this is SAC, above 1 KLAC-ab. docs/algorithms.md lists
 """
 
 import copy
-import difflib
-import json
 import math
-import os
-import random
-import signal
-import sys
-import time
-from collections import deque, namedtuple
-from dataclasses import asdict, dataclass, replace
+from collections import namedtuple
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,12 +33,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from torch.func import functional_call, grad_and_value
 
 
 @dataclass
 class Args:
+    env_id: str = "HalfCheetah-v5"
+    """any Gymnasium id with bounded continuous actions and flat observations (Hopper-v5, Pendulum-v1, ...)"""
+    total_timesteps: int = 1_000_000
+    """environment steps of the run"""
+    seed: int = 1
+    """seed of the weights, the actions, the replay samples and every episode"""
     exp_name: str = Path(__file__).stem
     """name of this experiment, part of the run's name"""
     run_name: str | None = None
@@ -48,14 +54,10 @@ class Args:
     """steps between two checkpoints, each written at the end of an episode"""
     evaluate: str | None = None
     """train nothing, but play --eval-episodes episodes of this run (its folder), deterministic and stochastic"""
-    seed: int = 1
-    """seed of the weights, the actions, the replay samples and every episode"""
-    torch_deterministic: bool = True
-    """make cuDNN deterministic (the CPU always is)"""
-    cuda: bool = True
-    """use a GPU where there is one"""
-    compile: bool = False
-    """compile target and losses (CUDA graphs on a GPU, a C++ compiler on a CPU); the first updates take a minute"""
+    eval_episodes: int = 10
+    """episodes of the deterministic policy played after training"""
+    log_interval: int = 1_000
+    """steps between two logged values of the losses and of the policy (episodes are logged as they end)"""
     track: bool = False
     """send the run to Weights & Biases as well (WANDB_MODE=offline needs no login)"""
     wandb_project_name: str = "klac"
@@ -63,15 +65,11 @@ class Args:
     wandb_entity: str | None = None
     """W&B team or user"""
     capture_video: bool = False
-    """record clips of 300 frames, from training and evaluation, into the run's folder"""
-    log_interval: int = 1_000
-    """steps between two logged values of the losses and of the policy (episodes are logged as they end)"""
-    eval_episodes: int = 10
-    """episodes of the deterministic policy (the mean) played after training"""
-    env_id: str = "HalfCheetah-v5"
-    """any Gymnasium id with bounded continuous actions and flat observations (Hopper-v5, Pendulum-v1, ...)"""
-    total_timesteps: int = 1_000_000
-    """environment steps of the run"""
+    """record clips of at most 300 frames, from training and evaluation, into the run's folder"""
+    compile: bool = True
+    """compile each update into one graph (CUDA graphs on a GPU); a minute the first time (--no-compile: to debug)"""
+    cuda: bool = True
+    """use a GPU where there is one"""
     buffer_size: int = 1_000_000
     """capacity of the replay buffer, in transitions"""
     gamma: float = 0.99
@@ -90,12 +88,14 @@ class Args:
     """environment steps per update of actor and temperature, which then take as many steps on that batch"""
     target_network_frequency: int = 1
     """environment steps per update of the target networks"""
-    exploit_radius: float = 0.25
-    """half-width r of the exploitation region around the mode, in the environment's action units"""
     alpha: float = 0.2
     """temperature with --no-autotune (otherwise alpha starts at 1 and is learned)"""
     autotune: bool = True
     """learn the temperature, so that the policy's entropy meets its target"""
+    target_entropy: float | None = None
+    """SAC's entropy target in nats, of actions in the environment's units (default: -d)"""
+    exploit_radius: float = 0.25
+    """half-width r of the exploitation region around the mode, in the environment's action units"""
     similarity_threshold: float = 0.5
     """the actor follows the plain critic in states whose similarity is at most this, in [-1, 1] (below: never)"""
     similarity_samples: int = 8
@@ -106,100 +106,55 @@ class Args:
     """the critic that the actor climbs: the smaller of the twins, or the first (Zhang et al.'s)"""
 
 
-class UsageError(ValueError):
-    """A flag that cannot work; the message names the flag, its value and what would be valid."""
+def make_env(args: Args, render: bool = False) -> gym.Env:
+    """One plain environment. Raises UsageError if it cannot be used."""
+    env = make_gym(args.env_id, render)
+    space, box = env.observation_space, env.action_space
+    valid = "a bounded float Box of one dimension (the scripts *_discrete.py are for discrete ones)"
+    bounded = isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.shape[0] > 0 and box.dtype.kind == "f"
+    if bounded:  # bounds whose distance overflows are none
+        half_width = box.high / 2 - box.low / 2
+        bounded = (half_width > 0).all() and (half_width < 1e38).all()
+    require(bounded, f"--env-id {args.env_id}: actions must be {valid}, not {box}")
+    flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.shape[0] > 0
+    require(flat, f"--env-id {args.env_id}: observations must be flat (one dimension), not {space}")
+    return Checked(env, args)
 
 
-def make_env(env_id: str, render: bool = False) -> gym.Env:
-    """One plain environment. Raises UsageError if it cannot be made."""
-    gym.logger.min_level = gym.logger.ERROR
-    try:
-        env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
-        if env.spec.max_episode_steps is None:  # a policy that stays alive would be neither logged nor saved
-            env = gym.wrappers.TimeLimit(env, 10_000)
-        if render:
-            env.reset(seed=0)
-            env.render()  # fails now rather than in the run
-        return env
-    except Exception as error:  # of Gymnasium, of an imported module, or of the environment itself
-        flags = f"--env-id {env_id}" + " --capture-video" * render
-        known = [] if env_id in gym.registry else gym.registry
-        nearest = ", ".join(difflib.get_close_matches(env_id, known, cutoff=0))
-        raise UsageError(f"{flags}: {error} {'Nearest ids: ' * bool(nearest)}{nearest}") from error
+def parameter(fan_in: int, *shape: int) -> nn.Parameter:
+    """As PyTorch's linear layers start. Gradients come from torch.func: no parameter asks for one."""
+    return nn.Parameter((2 * torch.rand(shape) - 1) / math.sqrt(fan_in), requires_grad=False)
 
 
-def check_args(args: Args, env: gym.Env) -> None:
-    """Raises UsageError on the first flag that cannot work, before anything is written."""
-    obs_space, box = env.observation_space, env.action_space
-    flat, floats = (isinstance(x, gym.spaces.Box) and len(x.shape) == 1 and x.shape[0] > 0 for x in (obs_space, box))
-    if not floats or box.dtype.kind != "f" or not box.is_bounded() or not (box.low < box.high).all():
-        valid = "a bounded float Box of one dimension (sac_discrete.py is the script for discrete ones)"
-        raise UsageError(f"--env-id {args.env_id}: actions must be {valid}, not {box}")
-    if not flat:
-        raise UsageError(f"--env-id {args.env_id}: observations must be flat (one dimension), not {obs_space}")
-    total = args.total_timesteps
-    positive = "total_timesteps buffer_size batch_size policy_frequency target_network_frequency "
-    positive += "policy_lr q_lr log_interval checkpoint_interval eval_episodes exploit_radius"
-    rules = [(x, 0 < getattr(args, x) < 2**62, "positive and below 2**62") for x in positive.split()]
-    rules += [
-        ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
-        ("gamma", 0 <= args.gamma < 1, "in [0, 1)"),
-        ("tau", 0 < args.tau <= 1, "in (0, 1]"),
-        ("alpha", 0 <= args.alpha < math.inf, "at least 0 and finite"),
-        ("alpha", not args.autotune or args.alpha == Args.alpha, "given with --no-autotune: otherwise it is learned"),
-        ("batch_size", args.batch_size <= args.buffer_size, f"at most --buffer-size {args.buffer_size}"),
-        ("learning_starts", 0 <= args.learning_starts < total, f"at least 0 and below --total-timesteps {total}"),
-        ("similarity_threshold", math.isfinite(args.similarity_threshold), "finite"),
-        ("similarity_samples", args.similarity_samples > 1, "at least 2"),
-        ("exp_name", args.exp_name == Path(args.exp_name).resolve().name, "a plain folder name"),
-        ("run_name", args.run_name in (None, Path(str(args.run_name)).resolve().name), "a plain folder name"),
-    ]
-    for name, valid, expected in rules:
-        if not valid:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {expected}")
+class Networks(nn.Module):
+    """A stack of k networks with two hidden layers of 256, (B, inputs) to (k, B, outputs); several inputs are joined.
+    The actor is a stack of one, the twin critics are two."""
+
+    def __init__(self, k: int, inputs: int, outputs: int):
+        super().__init__()
+        self.w1, self.b1 = parameter(inputs, k, inputs, 256), parameter(inputs, k, 1, 256)
+        self.w2, self.b2 = parameter(256, k, 256, 256), parameter(256, k, 1, 256)
+        self.w3, self.b3 = parameter(256, k, 256, outputs), parameter(256, k, 1, outputs)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        x = torch.cat(inputs, dim=1).expand(len(self.w1), -1, -1)
+        h = (x @ self.w1 + self.b1).relu()
+        h = (h @ self.w2 + self.b2).relu()
+        return h @ self.w3 + self.b3
 
 
-preprocess = torch.Tensor.float  # observations as the networks take them
-
-
-cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-use_onednn = "AuthenticAMD" in cpu and "cpu family\t: 26" in cpu and torch.backends.mkldnn.is_available()
-
-
-class Linear(nn.Linear):
-    """nn.Linear, but on AMD's Zen 5 (family 26) by oneDNN: there it is twice as fast as the BLAS, elsewhere slower."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if use_onednn and x.is_cpu and len(x) > 1 and not torch.compiler.is_compiling():
-            return super().forward(x.to_mkldnn()).to_dense()
-        return super().forward(x)
-
-
-def make_network(inputs: int, outputs: int) -> nn.Sequential:
-    """Maps (B, inputs) to (B, outputs): the actor's Gaussian, or a critic's value."""
-    return nn.Sequential(
-        nn.Linear(inputs, 256), nn.ReLU(inplace=True), Linear(256, 256), nn.ReLU(inplace=True), nn.Linear(256, outputs)
-    )
-
-
-def q_values(critics: nn.ModuleList, obs: torch.Tensor, action: torch.Tensor) -> list[torch.Tensor]:
-    """Each critic's Q(s, a), (B,), of observations (B, obs_dim) and actions (B, d)."""
-    x = torch.cat([obs, action], 1)
-    return [q(x).squeeze(1) for q in critics]
-
-
-class Actor(nn.Module):
+class Actor(Networks):
     """A Gaussian squashed by tanh into the action box."""
 
     def __init__(self, obs_dim: int, box: gym.spaces.Box):
-        super().__init__()
-        self.network = make_network(obs_dim, 2 * box.shape[0])
+        super().__init__(1, obs_dim, 2 * box.shape[0])
+        self.box = box
         self.register_buffer("scale", torch.as_tensor((box.high - box.low) / 2, dtype=torch.float32), persistent=False)
         self.register_buffer("centre", torch.as_tensor((box.high + box.low) / 2, dtype=torch.float32), persistent=False)
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log standard deviation of the Gaussian before tanh, (B, d) each."""
-        mean, x = self.network(obs).chunk(2, dim=1)
+        mean, x = super().forward(obs)[0].chunk(2, dim=1)
         return mean, -5 + 3.5 * (torch.tanh(x) + 1)
 
     def squash(self, u: torch.Tensor) -> torch.Tensor:
@@ -212,25 +167,38 @@ class Actor(nn.Module):
         log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u)) + self.scale.log()  # log of d squash / d u
         return (log_normal - log_slope).sum(1)
 
-    def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Reparametrised actions (B, d), their log pi (B,), and the points u before tanh (B, d)."""
-        mean, log_std = self(obs)
-        u = mean + log_std.exp() * torch.randn_like(mean)
-        return self.squash(u), self.log_prob(mean, log_std, u), u
+
+def make_networks(args: Args, env: gym.Env) -> tuple[Actor, Networks]:
+    """The actor and the critics: the soft twins Q, then the plain twins P."""
+    obs_dim, d = env.observation_space.shape[0], env.action_space.shape[0]
+    return Actor(obs_dim, env.action_space), Networks(4, obs_dim + d, 1)
+
+
+@torch.inference_mode()
+def act(actor: Actor, obs: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+    """An action drawn from pi(.|obs), or without a generator the mean's, (d,)."""
+    u, log_std = actor(torch.as_tensor(obs, dtype=torch.float32, device=actor.scale.device).unsqueeze(0))
+    if rng is not None:
+        u = u + log_std.exp() * gaussian(rng, u)
+    return actor.squash(u)[0].cpu().numpy().clip(actor.box.low, actor.box.high)
+
+
+def gaussian(rng: np.random.Generator, like: torch.Tensor) -> torch.Tensor:
+    """Standard normal noise, drawn outside the compiled graphs."""
+    return torch.as_tensor(rng.standard_normal(like.shape, np.float32), device=like.device)
 
 
 Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, observations in the environment's own dtype (float64 as float32)."""
+    """The last `capacity` transitions, as the environment returned them."""
 
-    def __init__(self, capacity: int, obs_space: gym.Space, action_space: gym.Space, device: torch.device):
-        obs, actions, next_obs = (
-            np.zeros((capacity, *space.shape), np.float32 if space.dtype == np.float64 else space.dtype)
-            for space in (obs_space, action_space, obs_space)
-        )
-        self.columns = Batch(obs, actions, np.zeros(capacity, np.float32), next_obs, np.zeros(capacity, np.float32))
+    def __init__(self, capacity: int, env: gym.Env, device: torch.device):
+        obs, action = env.observation_space, env.action_space
+        columns = [np.zeros((capacity, *space.shape), stored_dtype(space)) for space in (obs, action, obs)]
+        rewards, terminations = np.zeros(capacity, np.float32), np.zeros(capacity, np.float32)
+        self.columns = Batch(columns[0], columns[1], rewards, columns[2], terminations)
         self.capacity, self.device, self.added = capacity, device, 0
 
     def add(self, *transition) -> None:
@@ -240,85 +208,405 @@ class ReplayBuffer:
         self.added += 1
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> Batch:
-        """Draws transitions uniformly: obs and next_obs preprocessed, (B, *obs); the other columns (B, ...)."""
+        """Draws transitions uniformly: (B, ...) each, observations as float32."""
         i = rng.integers(min(self.added, self.capacity), size=batch_size)
-        batch = Batch(*(torch.as_tensor(column[i], device=self.device) for column in self.columns))
-        return batch._replace(obs=preprocess(batch.obs), next_obs=preprocess(batch.next_obs))
-
-    def state_dict(self) -> dict:
-        """The transitions held, by column, and the number added so far: what a checkpoint stores."""
-        filled = min(self.added, self.capacity)
-        return {"added": self.added, "columns": [torch.from_numpy(column[:filled]) for column in self.columns]}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Takes over what `state_dict` of a buffer of the same capacity returned."""
-        self.added = state["added"]
-        for column, saved in zip(self.columns, state["columns"], strict=True):
-            column[: len(saved)] = saved.numpy()
+        batch = Batch(*[torch.as_tensor(column[i], device=self.device) for column in self.columns])
+        return batch._replace(obs=batch.obs.float(), next_obs=batch.next_obs.float())
 
 
-def box_log_volume(box: gym.spaces.Box) -> float:
+def log_volume(box: gym.spaces.Box) -> float:
     """log vol of the action box: the entropy of the uniform policy, in nats."""
     return float(np.log(np.subtract(box.high, box.low, dtype=np.float64)).sum())
 
 
-def td_targets(batch: Batch, actor: Actor, target_critics, target_plain_critics, gamma: float, alpha: torch.Tensor):
-    """y = r + gamma (1 - terminated) [min_i Q_i'(s', a') - alpha log pi(a'|s')], (B,), with a' ~ pi, and the same with
-    the plain critics in place of Q and without alpha log pi, (B,)."""
-    next_action, log_pi, _ = actor.sample(batch.next_obs)
-    next_v = torch.minimum(*q_values(target_critics, batch.next_obs, next_action)) - alpha * log_pi  # (B,)
-    plain_next_v = torch.minimum(*q_values(target_plain_critics, batch.next_obs, next_action))
-    discount = gamma * (1 - batch.terminations)
-    return batch.rewards + discount * next_v, batch.rewards + discount * plain_next_v
+def entropy_range(box: gym.spaces.Box) -> tuple[float, float]:
+    """The entropies, in nats, that tanh-Gaussians in the box reach, from log_std -5 at the centre to 0.0096 a dimension
+    below the uniform policy's. A target beyond them would send alpha to 0 or to infinity."""
+    d = len(box.low)
+    narrowest = 0.5 * math.log(2 * math.pi * math.e) - 5 - math.log(2)
+    return log_volume(box) + narrowest * d, log_volume(box) - 0.0096 * d
 
 
-def critic_loss(batch: Batch, critics: nn.ModuleList, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Each critic's mean squared error, and its Q(s, a), (B,), for the log."""
-    q1, q2 = q_values(critics, batch.obs, batch.actions)
-    return F.mse_loss(q1, y), F.mse_loss(q2, y), q1, q2
+def exploit_probability(actor: Actor, obs: torch.Tensor, r: float) -> torch.Tensor:
+    """The mean over the observations of the probability of an action within r of the mean's in every dimension: that of
+    the Gaussian between the ends of the region, before tanh."""
+    mean, log_std = [x.double() for x in actor(obs)]
+    width = r / actor.scale
+    low = torch.atanh((torch.tanh(mean) - width).clamp(min=-1))
+    high = torch.atanh((torch.tanh(mean) + width).clamp(max=1))
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    return (normal.cdf(high) - normal.cdf(low)).prod(1).mean()
 
 
-def similarity(batch: Batch, actor: Actor, critics, plain_critics, samples: int, centred: bool):
-    """The cosine of the vectors min_i Q_i(s, a) and min_i P_i(s, a) over a ~ pi, (B,), in [-1, 1]; centred, it is their
-    correlation. Q is far from 0 as a rule, and the cosine alone then close to 1 whatever the critics prefer. Where one
-    does not vary over the samples, as at a bound of the box, there is nothing to disagree on: 1. With it comes the same
-    of Q's twins, (B,): they have one target, so that their disagreement is no entropy's."""
-    obs = batch.obs.repeat_interleave(samples, dim=0)
-    action, _, _ = actor.sample(obs)
-    q, p = (torch.stack(q_values(twins, obs, action)).view(2, -1, samples) for twins in (critics, plain_critics))
-
-    def cosine(x, y):
-        flat = [v.amax(1) - v.amin(1) <= 1e-5 * v.abs().amax(1) for v in (x, y)]  # but for rounding
-        if centred:
-            x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
-        return F.cosine_similarity(x, y, dim=1).masked_fill(flat[0] | flat[1], 1.0)
-
-    return cosine(q.amin(0), p.amin(0)), cosine(*q)
+def td_target(batch: Batch, noise: torch.Tensor, actor: Actor, target_critics: Networks, gamma, alpha) -> torch.Tensor:
+    """y = r + gamma (1 - terminated) [min_i Q_i'(s', a') - alpha log pi(a'|s')], a' ~ pi, and the same with the plain
+    critics in place of Q and without alpha log pi, (2, B)."""
+    mean, log_std = actor(batch.next_obs)
+    u = mean + log_std.exp() * noise
+    min_q, min_p = target_critics(batch.next_obs, actor.squash(u)).squeeze(2).view(2, 2, -1).amin(1)  # (B,) each
+    next_v = torch.stack([min_q - alpha * actor.log_prob(mean, log_std, u), min_p])
+    return batch.rewards + gamma * (1 - batch.terminations) * next_v
 
 
-def actor_loss(batch: Batch, actor: Actor, critics, plain_critics, follow_plain, first: bool, alpha: torch.Tensor):
-    """E_{a ~ pi}[alpha log pi - Q], with the plain Q where follow_plain, (B,), is True, with its log pi, (B,)."""
-    action, log_pi, _ = actor.sample(batch.obs)
-    twins = [q_values(both, batch.obs, action) for both in (critics, plain_critics)]
-    q, plain_q = ((q1 if first else torch.minimum(q1, q2)) for q1, q2 in twins)  # (B,)
-    return (alpha * log_pi - torch.where(follow_plain, plain_q, q)).mean(), log_pi.detach()
+def critic_loss(parameters: dict, batch: Batch, critics: Networks, y: torch.Tensor):
+    """The sum over the critics of their mean squared errors, and those errors and the mean values, (4,) each."""
+    q = functional_call(critics, parameters, (batch.obs, batch.actions)).squeeze(2)  # (4, B)
+    errors = (q - y.repeat_interleave(2, 0)).square().mean(1)
+    return errors.sum(), (errors, q.mean(1))
 
 
-def temperature_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: float) -> torch.Tensor:
-    """alpha (H - H*): alpha falls while the policy is more random than its target."""
-    return log_alpha.exp() * (entropy - target_entropy).detach()
+def critic_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, critics: Networks, target_critics, gamma, alpha):
+    """The critics' gradients, by parameter, and what is logged. Pure: it changes nothing."""
+    y = td_target(batch, noise, actor, target_critics, gamma, alpha)
+    differentiate = grad_and_value(critic_loss, has_aux=True)
+    gradients, (_, (errors, q)) = differentiate(dict(critics.named_parameters()), batch, critics, y)
+    log = {"losses/qf1_values": q[0], "losses/qf2_values": q[1], "losses/qf_loss": errors[:2].mean()}
+    log |= {
+        "losses/plain_qf1_loss": errors[2],
+        "losses/plain_qf1_values": q[2],
+        "losses/plain_qf_loss": errors[2:].mean(),
+    }
+    return gradients, log | {"losses/qf1_loss": errors[0], "losses/qf2_loss": errors[1]}
 
 
-def check_finite(name: str, loss: torch.Tensor, step: int, saved_step: int) -> None:
-    """Raises FloatingPointError if the loss is not finite."""
-    if not math.isfinite(loss.item()):
-        last = f"the last checkpoint is of step {saved_step}" if saved_step else "there is no checkpoint yet"
-        raise FloatingPointError(f"{name} is {loss.item()} at step {step}; {last}")
+def cosine(x: torch.Tensor, y: torch.Tensor, centred: bool) -> torch.Tensor:
+    """The cosine of x and y, (B, samples), in each state, (B,); centred, it is their correlation, and 1 where one of them
+    does not vary over the samples but for rounding: there is nothing to disagree on."""
+    flat = [v.amax(1) - v.amin(1) <= 1e-5 * v.abs().amax(1) for v in (x, y)]
+    if centred:
+        x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    similar = F.cosine_similarity(x, y, dim=1)
+    return similar.masked_fill(flat[0] | flat[1], 1.0) if centred else similar
+
+
+def similarity(batch: Batch, noise: torch.Tensor, actor: Actor, target_critics: Networks, centred: bool):
+    """The similarity of min_i Q_i'(s, a) and min_i P_i'(s, a) over a ~ pi, (B,), and that of Q's twins, which have one
+    target, so that their disagreement is no entropy's. noise is (B, samples, d)."""
+    mean, log_std = actor(batch.obs)
+    u = mean.unsqueeze(1) + log_std.exp().unsqueeze(1) * noise
+    obs = batch.obs.unsqueeze(1).expand(-1, noise.shape[1], -1)
+    q = target_critics(obs.flatten(0, 1), actor.squash(u).flatten(0, 1)).view(4, *noise.shape[:2])
+    return cosine(q[:2].amin(0), q[2:].amin(0), centred), cosine(q[0], q[1], centred)
+
+
+def actor_loss(
+    parameters: dict, batch: Batch, noise: torch.Tensor, actor: Actor, critics, follow_plain, first: bool, alpha
+):
+    """E_{a ~ pi}[alpha log pi - Q], with the plain Q where follow_plain, (B,), is True, and the entropy H."""
+    mean, log_std = functional_call(actor, parameters, (batch.obs,))
+    u = mean + log_std.exp() * noise
+    log_pi = actor.log_prob(mean, log_std, u)  # (B,)
+    twins = critics(batch.obs, actor.squash(u)).squeeze(2).view(2, 2, -1)
+    q, plain_q = twins[:, 0] if first else twins.amin(1)
+    return (alpha * log_pi - torch.where(follow_plain, plain_q, q)).mean(), -log_pi.mean()
+
+
+def actor_gradients(
+    batch: Batch, noise, actor: Actor, critics: Networks, follow_plain, first: bool, log_vol: float, alpha
+):
+    """The actor's gradients, by parameter, the entropy H, and what is logged."""
+    differentiate = grad_and_value(actor_loss, has_aux=True)
+    arguments = batch, noise, actor, critics, follow_plain, first, alpha
+    gradients, (loss, entropy) = differentiate(dict(actor.named_parameters()), *arguments)
+    log = {"losses/actor_loss": loss, "policy/entropy": entropy, "policy/kl": log_vol - entropy}
+    return gradients, entropy, log
+
+
+def descend(optimizer: torch.optim.Optimizer, network: nn.Module, gradients: dict[str, torch.Tensor]) -> None:
+    """One step of the optimizer of the network's parameters along these gradients."""
+    for name, parameter in network.named_parameters():
+        parameter.grad = gradients[name]
+    optimizer.step()
+
+
+def train(args: Args) -> Path:
+    """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work,
+    FloatingPointError if a number is not finite, and KeyboardInterrupt if it was asked to stop, once it is saved."""
+    check_flags(args)
+    env = make_env(args, args.capture_video)
+    box, d, r = env.action_space, env.action_space.shape[0], args.exploit_radius
+    if args.target_entropy is None:
+        args = replace(args, target_entropy=-float(d))  # SAC's heuristic, in nats
+    lowest, highest = entropy_range(box)
+    if args.autotune:
+        valid = f"in ({lowest:.4g}, {highest:.4g}), as those of the policies in the action box are"
+        require(lowest < args.target_entropy < highest, f"--target-entropy {args.target_entropy}: must be {valid}")
+    samples = args.similarity_samples
+    require(samples > 1, f"--similarity-samples {samples}: must be at least 2")
+    run = Run(args, "SAC-AdaEnt")
+    if run.finished:
+        return run.folder
+
+    args, device = run.args, run.device
+    rng, log_vol = np.random.default_rng(args.seed), log_volume(box)
+    torch.manual_seed(args.seed)
+    actor, critics = [networks.to(device) for networks in make_networks(args, env)]
+    target_critics = copy.deepcopy(critics)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, fused=True)
+    q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.q_lr, fused=True)
+    log_alpha = torch.zeros((), device=device)
+    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
+    check_memory(args, env)
+    buffer = ReplayBuffer(args.buffer_size, env, device)
+    parts = {"actor": actor, "critics": critics, "target_critics": target_critics}
+    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
+    run.restore(parts, buffer, log_alpha, rng)
+    alpha = log_alpha.exp() if args.autotune else torch.tensor(args.alpha, device=device)
+    target_entropy = args.target_entropy
+    compute_critic_gradients, compute_similarity, compute_actor_gradients = run.compile(
+        critic_gradients, similarity, actor_gradients
+    )
+
+    with run:
+        env, episode_ended = film(env, args, run.folder / "videos" / "train", f"from-step-{run.step}"), True
+        for global_step in run.steps():
+            if episode_ended:
+                obs, _ = env.reset(seed=int(rng.integers(2**31)))
+                rewards, start_value = [], None
+
+            # Act: at random during the warm-up, then from the policy
+            if global_step < args.learning_starts:
+                action = rng.uniform(box.low, box.high).astype(np.float32)
+            else:
+                action = act(actor, obs, rng)
+                if not rewards:
+                    pair = [torch.as_tensor(x[None], dtype=torch.float32, device=device) for x in (obs, action)]
+                    start_value = critics(*pair)[:2].amin().item()
+
+            # Step and store: next_obs is the episode's own last observation, whatever ended it
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            buffer.add(obs, action, reward, next_obs, terminated)
+            obs, episode_ended = next_obs, terminated or truncated
+            rewards.append(reward)
+            if episode_ended:
+                run.log_episode(rewards, start_value)
+
+            if global_step > args.learning_starts:
+                batch = buffer.sample(args.batch_size, rng)
+
+                # Critics: regress both pairs on their targets
+                noise = gaussian(rng, batch.actions)
+                gradients, log = compute_critic_gradients(
+                    batch, noise, actor, critics, target_critics, args.gamma, alpha
+                )
+                descend(q_optimizer, critics, gradients)
+
+                # Where do the critics disagree about the policy's actions?
+                if global_step % args.policy_frequency == 0:
+                    noise = gaussian(rng, batch.actions.unsqueeze(1).expand(-1, samples, -1))
+                    similar, by_chance = compute_similarity(
+                        batch, noise, actor, target_critics, args.similarity_centred
+                    )
+                    follow_plain = similar <= args.similarity_threshold
+                    log |= {"adaent/similarity": similar.mean(), "adaent/twin_similarity": by_chance.mean()}
+                    log["adaent/plain_share"] = follow_plain.float().mean()
+
+                for _ in range(args.policy_frequency if global_step % args.policy_frequency == 0 else 0):
+                    # Actor: towards the Boltzmann policy of the critics
+                    noise = gaussian(rng, batch.actions)
+                    chosen = follow_plain, args.actor_critic == "first"
+                    arguments = batch, noise, actor, critics, *chosen, log_vol, alpha
+                    gradients, entropy, actor_log = compute_actor_gradients(*arguments)
+                    descend(actor_optimizer, actor, gradients)
+                    log |= actor_log
+
+                    # Temperature: hold the entropy at its target; in log alpha the loss is its own gradient
+                    if args.autotune:
+                        log_alpha.grad = alpha * (entropy - target_entropy)
+                        alpha_optimizer.step()
+                        alpha = log_alpha.exp()
+                        log |= {"losses/alpha_loss": log_alpha.grad, "policy/target_entropy": target_entropy}
+                        log["policy/target_kl"] = log_vol - target_entropy
+                log["losses/alpha"] = alpha
+                run.check(log)
+                if "losses/actor_loss" in log and global_step % args.log_interval < args.policy_frequency:
+                    log["policy/exploit_probability"] = exploit_probability(actor, batch.obs, r)
+                    run.log_update(log)
+
+            if global_step > args.learning_starts and global_step % args.target_network_frequency == 0:
+                for parameter, target in zip(critics.parameters(), target_critics.parameters(), strict=True):
+                    target.lerp_(parameter, args.tau)
+
+            # Checkpoint: between two episodes, so that the next one's seed stands for the environment's state
+            if episode_ended and run.wants_checkpoint():
+                run.save()
+
+        env.close()
+        run.finish(actor=actor, critics=critics)
+    return run.folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The algorithm ends here. What follows is the same, word for word, in every script: checks of flags and environments, a
+# run's folder with its lock, log and checkpoint, evaluation, and the command line.
+# ----------------------------------------------------------------------------------------------------------------------
+
+import ctypes.util
+import difflib
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import zipfile
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class UsageError(ValueError):
+    """A flag that cannot work; the message names the flag, its value and what would be valid."""
+
+
+def require(valid: bool, message: str) -> None:
+    if not valid:
+        raise UsageError(message)
+
+
+@contextmanager
+def refusing(message: str):
+    """Makes any exception of its block a UsageError that begins with `message`: torch, W&B and others raise many."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(f"{message}: {error!s:.200}") from error
+
+
+def check_flags(args: Args) -> None:
+    """Raises UsageError on the first flag that cannot work on any task."""
+    total, names = args.total_timesteps, (Path(args.exp_name), Path(args.run_name or "runs"))
+    rules = [("total_timesteps", 0 < total < 2**62, "positive and below 2**62")]
+    for name, value in asdict(args).items():
+        if type(value) is int and name not in ("seed", "learning_starts"):
+            rules.append((name, 0 < value < 2**62, "positive and below 2**62"))
+        if type(value) is float:
+            rules.append((name, math.isfinite(value), "finite"))
+        if name in ("policy_lr", "q_lr", "exploit_radius"):
+            rules.append((name, value > 0, "positive"))
+        if name in ("p_start", "p_end", "target_entropy_scale") and value is not None:
+            rules.append((name, 0 < value < 1, "in (0, 1)"))
+        if name.endswith("_frequency") or name == "log_interval":
+            rules.append((name, value <= total or value == getattr(Args, name), f"at most --total-timesteps {total}"))
+    rules += [
+        ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
+        ("gamma", 0 <= args.gamma < 1, "in [0, 1)"),
+        ("tau", 0 < args.tau <= 1, "in (0, 1]"),
+        ("alpha", args.alpha >= 0, "at least 0"),
+        ("alpha", not args.autotune or args.alpha == Args.alpha, "given with --no-autotune: otherwise it is learned"),
+        ("batch_size", args.batch_size <= args.buffer_size, f"at most --buffer-size {args.buffer_size}"),
+        ("learning_starts", 0 <= args.learning_starts < total, f"at least 0 and below --total-timesteps {total}"),
+        ("exp_name", args.exp_name == names[0].resolve().name, "a plain folder name"),
+        ("run_name", args.run_name in (None, names[1].resolve().name), "a plain folder name"),
+    ]
+    for name, valid, expected in rules:
+        require(valid, f"--{name.replace('_', '-')} {getattr(args, name)}: must be {expected}")
+
+
+def stored_dtype(space: gym.Space) -> np.dtype:
+    """What the buffer keeps of a space: its own dtype, but float32 for float64 and int64 for discrete actions."""
+    if isinstance(space, gym.spaces.Discrete):
+        return np.dtype(np.int64)
+    return np.dtype(np.float32) if space.dtype == np.float64 else space.dtype
+
+
+def check_memory(args: Args, env: gym.Env) -> None:
+    """Raises UsageError if the buffer, which claims its memory only as it fills, needs more than there is."""
+    spaces = env.observation_space, env.observation_space, env.action_space
+    size = 8 + sum(stored_dtype(space).itemsize * math.prod(space.shape) for space in spaces)
+    if Path("/proc/meminfo").exists():
+        available = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+        words = f"needs {args.buffer_size * size / 1e9:.1f} GB of memory; at most {available // size} fit"
+        require(args.buffer_size * size <= available, f"--buffer-size {args.buffer_size}: {words}")
+
+
+class Checked(gym.Wrapper):
+    """Trusts nothing that an environment returns: it may overwrite its own arrays, so that each is copied, in the
+    buffer's dtype. Discrete actions count from 0 wherever their space starts. Raises UsageError where an observation or
+    reward is not what the spaces promise (its range at first alone), FloatingPointError where it is not finite."""
+
+    def __init__(self, env: gym.Env, args: Args):
+        super().__init__(env)
+        self.space, self.dtype, self.name = env.observation_space, stored_dtype(env.observation_space), args.env_id
+        env.action_space.seed(0)
+        first, _ = self.reset(seed=0)
+        second = self.convert(env.step(env.action_space.sample())[0])
+        for obs in (first, second):
+            slack = 1e-3 * (1 + np.abs(obs))
+            inside = ((self.space.low - slack <= obs) & (obs <= self.space.high + slack)).all()
+            require(inside, f"--env-id {self.name}: observes {obs.min()} to {obs.max()}, its space is {self.space}")
+
+    def convert(self, obs) -> np.ndarray:
+        found = np.asarray(obs)
+        castable = found.dtype.kind in ("buif" if self.dtype.kind == "f" else "bui")
+        message = f"--env-id {self.name}: observes {found.dtype} {found.shape}, its space is {self.space}"
+        require(castable and found.shape == self.space.shape, message)
+        if found.dtype.kind == "f" and not np.isfinite(found).all():
+            raise FloatingPointError("the environment's observation is not finite")
+        return np.array(found, self.dtype)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.convert(obs), info
+
+    def step(self, action):
+        sent = action.copy() if isinstance(action, np.ndarray) else action + int(self.action_space.start)
+        obs, reward, terminated, truncated, info = self.env.step(sent)
+        require(np.size(reward) == 1, f"--env-id {self.name}: the reward must be one number, not {reward!r}")
+        reward = float(np.asarray(reward).item())
+        if not math.isfinite(reward):
+            raise FloatingPointError(f"the environment's reward is {reward}")
+        return self.convert(obs), reward, bool(terminated), bool(truncated), info
+
+
+def make_gym(env_id: str, render: bool) -> gym.Env:
+    """gym.make, with a time limit where there is none. Raises UsageError if it cannot be made or filmed."""
+    gym.logger.min_level = gym.logger.ERROR
+    if render and "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
+        os.environ["MUJOCO_GL"] = "egl"  # a server without a display
+    try:
+        kwargs = {"render_mode": "rgb_array"} if render else {}
+        env = gym.make(env_id, disable_env_checker=True, **kwargs)
+        if env.spec.max_episode_steps is None:  # a policy that stays alive would be neither logged nor saved
+            env = gym.wrappers.TimeLimit(env, 10_000)
+        if render:
+            env.reset(seed=0)
+            env.render()  # fails now rather than in the run
+        return env
+    except Exception as error:  # of Gymnasium, of an imported module, or of the environment itself
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}: {error}"
+        if isinstance(error, gym.error.UnregisteredEnv):
+            namespace, _, name = env_id.rpartition("/")
+            known = [x.rpartition("/")[2] for x in gym.registry if x.startswith(f"{namespace}/") or not namespace]
+            reason = f"{error} Nearest ids: {', '.join(difflib.get_close_matches(name, known, cutoff=0))}"
+        raise UsageError(f"--env-id {env_id}{' --capture-video' if render else ''}: {reason}") from error
+
+
+def load(folder: Path) -> dict | None:
+    """What was last saved of a run: its actor if it is finished, else its checkpoint; None before the first. A file
+    from a stranger can run no code. Raises UsageError if the file is damaged."""
+    for path in (folder / "actor.pt", folder / "checkpoint.pt"):
+        if path.exists():
+            with refusing(f"{path}: damaged; without it the run starts afresh"):
+                with zipfile.ZipFile(path) as archive:
+                    bad = archive.testzip()  # torch does not look at the checksums
+                require(bad is None, f"the checksum of {bad} is wrong")
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                _ = state["args"]["env_id"], state["actor"]  # what every saved run has
+                return state
+    return None
 
 
 def save(state: dict, path: Path) -> None:
     """Writes `state` to `path`, whole or not at all: then, on a full disk for instance, it raises OSError."""
-    partial = path.with_name("partial")
+    partial = path.with_name(f"partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
             torch.save(state, file)
@@ -327,328 +615,335 @@ def save(state: dict, path: Path) -> None:
         partial.replace(path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"{path}: not written: {error}") from error
+        cause = error
+        while cause.__context__ is not None and not isinstance(cause, OSError):  # torch's own error hides the disk's
+            cause = cause.__context__
+        raise OSError(f"{path}: not written: {cause}") from error
 
 
-def load(run_dir: Path) -> dict | None:
-    """What `save` last wrote of a run: its actor if it is finished, else its checkpoint; None before the first. A file
-    from a stranger can run no code. Raises UsageError if the file is damaged."""
-    for path in (run_dir / "actor.pt", run_dir / "checkpoint.pt"):
-        if path.exists():
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                _ = state["args"]["env_id"], state["actor"]  # what every saved run has
-                return state
-            except Exception as error:  # torch raises a different error for each damage
-                raise UsageError(f"{path}: damaged; without it the run starts afresh: {error!s:.150}") from error
-    return None
+class Run:
+    """A run's folder: its name, its lock, what was saved there, its log, and the signals that ask the run to stop."""
 
+    def __init__(self, args: Args, algorithm: str):
+        """Raises UsageError, with nothing written, if another process has the folder or other flags began the run."""
+        self.task = args.env_id.split("/")[-1].split(":")[-1]
+        prefix = f"{self.task}__{args.exp_name}__{args.seed}__"
+        earlier = sorted(path.name for path in Path("runs").glob("*") if path.name.rpartition("__")[0] + "__" == prefix)
+        name = earlier[-1] if args.resume and earlier else f"{prefix}{time.time_ns() // 1000}"
+        self.folder, self.state, self.lock, began = Path("runs", args.run_name or name), None, None, {}
+        if args.resume and self.folder.is_dir():
+            self.own()
+            self.state = load(self.folder)
+            began = self.state["args"] if self.state else read_json(self.folder / "args.json")
+        self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        compiled = args.compile and began.get("compile", True) and compile_works(self.device)
+        self.args = replace(args, compile=compiled)
+        self.config = {"algorithm": algorithm, **asdict(self.args)}
+        free = {"run_name", "resume", "checkpoint_interval", "eval_episodes", "capture_video", "track", "evaluate"}
+        free |= {"wandb_project_name", "wandb_entity"}
+        for flag in self.config.keys() - free if began else ():
+            before, now = began.get(flag), self.config[flag]
+            allowed = now == before or (flag == "total_timesteps" and now > before)
+            words = f"{self.folder} was started with --{flag.replace('_', '-')} {before}, not {now}"
+            require(allowed, f"--resume: {words}")
+        self.finished = self.state is not None and "step" not in self.state
+        self.step = self.saved_step = self.state["step"] if self.state and not self.finished else 0
+        self.hours, self.csv_size = (self.state["hours"], self.state["csv_size"]) if self.step else (0.0, 0)
+        if self.finished:
+            longer = args.total_timesteps > began["total_timesteps"]
+            require(
+                not longer, f"--total-timesteps {args.total_timesteps}: {self.folder} is finished, its checkpoint gone"
+            )
+            print(f"{self.folder}: finished already, after {args.total_timesteps} steps")
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)  # if it was killed right here, the last time
 
-def find_run(args: Args) -> tuple[Path, dict | None]:
-    """The run's folder and, with --resume, what was saved there. Raises UsageError if other flags began it."""
-    name = f"{args.env_id.split('/')[-1].split(':')[-1]}__{args.exp_name}__{args.seed}__"
-    earlier = sorted(path.name for path in Path("runs").glob("*") if path.name.rpartition("__")[0] + "__" == name)
-    latest = earlier[-1] if args.resume and earlier else f"{name}{time.time_ns() // 1000}"
-    run_dir = Path("runs", args.run_name or latest)
-    state = load(run_dir) if args.resume else None
-    try:
-        began = state["args"] if state else json.loads((run_dir / "args.json").read_text()) if args.resume else {}
-    except (OSError, ValueError):  # there is no such run, or it was killed before it had begun
-        began = {}
-    may_change = "run_name resume checkpoint_interval eval_episodes capture_video track wandb_project_name wandb_entity"
-    for name, value in asdict(args).items() if began else ():
-        before = began.get(name)
-        if value != before and name not in may_change.split() and not (name == "total_timesteps" and value > before):
-            raise UsageError(f"--resume: {run_dir} was started with --{name.replace('_', '-')} {before}, not {value}")
-    if state and "step" not in state and args.total_timesteps > state["args"]["total_timesteps"]:
-        raise UsageError(f"--total-timesteps {args.total_timesteps}: {run_dir} is finished, and its checkpoint is gone")
-    return run_dir, state
+    def own(self) -> None:
+        """Locks the folder until this process ends, however it ends. Raises UsageError if another process has it."""
+        self.lock = (self.folder / "lock").open("a+")
+        self.lock.seek(0)
+        holder = self.lock.read().strip() or "another process"
+        with refusing(f"--run-name {self.folder.name}: {holder} is running it"):
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.lock.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=self.lock, flush=True)
+        for partial in self.folder.glob("partial-*"):  # of a process that was killed
+            partial.unlink()
 
+    def compile(self, *functions):
+        """The functions, with --compile each as one graph (on a GPU captured as CUDA graphs)."""
+        if not self.args.compile:
+            return functions
+        print("compiling at the first update: about a minute the first time on this machine", flush=True)
+        torch.compiler.reset()  # of earlier runs in this process
+        torch.empty(30 * 2**20, dtype=torch.uint8)  # freed at once: from then on glibc keeps what is freed for the next
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        return [torch.compile(function, dynamic=False, mode=mode) for function in functions]
 
-def start_logging(args: Args, algorithm: str, run_dir: Path, first_step: int) -> SummaryWriter:
-    """Makes the run's folder, writes args.json, and opens TensorBoard and, with --track, W&B; what was logged from
-    `first_step` on, before the run was resumed, is taken back."""
-    task = args.env_id.split("/")[-1].split(":")[-1]
-    config = json.dumps({"algorithm": algorithm, **asdict(args)}, indent=2)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=args.resume)
-    except OSError as error:
-        raise UsageError(f"--run-name {run_dir.name}: must be a new, writable folder: {error}") from error
-    if args.track:
+    def restore(self, parts: dict, buffer: ReplayBuffer, log_alpha: torch.Tensor, rng: np.random.Generator) -> None:
+        """Takes what a checkpoint is to hold, and puts into it what the last one held, if there is one."""
+        self.parts, self.buffer, self.log_alpha, self.rng = parts, buffer, log_alpha, rng
+        if self.step:
+            with refusing(f"{self.folder / 'checkpoint.pt'}: not of this script and task"):
+                require(0 < self.step <= self.args.total_timesteps, f"it is of step {self.step}")
+                for name, part in parts.items():
+                    part.load_state_dict(copy.deepcopy(self.state[name]))  # so that nothing maps the file
+                for column, saved in zip(buffer.columns, self.state["columns"], strict=True):
+                    column[: len(saved)] = saved.numpy()
+                buffer.added = self.state["added"]
+                log_alpha.copy_(self.state["log_alpha"])
+                rng.bit_generator.state = self.state["rng"]
+                torch.set_rng_state(self.state["torch_rng"])
+        self.state = None
+
+    def __enter__(self):
+        if self.args.track:
+            with refusing("--track: W&B"):
+                self.start_wandb()
+        with refusing(f"--run-name {self.folder.name}: must be a new, writable folder"):
+            self.folder.mkdir(parents=True, exist_ok=self.args.resume)
+            self.csv = (self.folder / "scalars.csv").open("ab", buffering=0)
+        if self.lock is None:
+            self.own()
+        self.csv.truncate(self.csv_size)  # what was logged after the checkpoint is logged again
+        self.pending = b"" if self.csv_size else b"step,tag,value\n"
+        (self.folder / "args.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        self.writer = SummaryWriter(self.folder, purge_step=self.step if self.args.resume else None)
+        self.stopped_by, self.handlers = None, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
+                    self.handlers[number] = signal.signal(number, self.stop)
+        start = f"{self.config['algorithm']} on {self.args.env_id} ({self.device}), from step {self.step}"
+        print(f"{self.folder}: {start}", flush=True)
+        self.next_checkpoint, self.next_flush = self.step + self.args.checkpoint_interval, 0.0
+        self.start, self.first_update, self.returns = time.perf_counter(), None, deque(maxlen=20)
+        return self
+
+    def start_wandb(self) -> None:
+        import wandb
+
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            raise ValueError("no login; run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
+        labels = {
+            "group": self.task,
+            "job_type": self.config["algorithm"],
+            "tags": [self.task, self.config["algorithm"]],
+        }
+        project = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "config": self.config}
+        name = {"id": self.folder.name, "name": self.folder.name, "resume": "allow" if self.args.resume else "never"}
+        wandb.init(**project, **name, **labels, sync_tensorboard=True, save_code=True, reinit="finish_previous")
+
+    def stop(self, number: int, _) -> None:
+        """A signal's handler: the run saves itself at the end of the episode. A second signal has its usual effect."""
+        self.stopped_by = number
+        for each, handler in self.handlers.items():
+            signal.signal(each, handler)
+        if number == getattr(signal, "SIGHUP", None):  # the terminal is gone
+            sys.stdout = sys.stderr = self.bar.fp = open(os.devnull, "w")  # noqa: SIM115
+        print("stopping at the end of this episode; once more to stop now", file=sys.stderr, flush=True)
+
+    def __exit__(self, kind, error, place) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.flush()
+        self.writer.close()
+        self.csv.close()
+        self.lock.close()
+        if isinstance(error, Exception):
+            last = (
+                f"the last checkpoint is of step {self.saved_step}" if self.saved_step else "there is no checkpoint yet"
+            )
+            error.add_note(f"at step {self.step}; {last}")
+
+    def steps(self):
+        """The environment steps that are left, with a bar on a terminal."""
+        total = self.args.total_timesteps
+        self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True, disable=None)
+        for step in range(self.step, total):
+            self.step = step
+            yield step
+            self.bar.update()
+        self.bar.close()
+
+    def log(self, step: int, scalars: dict) -> None:
+        """Logs {tag: value} to TensorBoard (and by it to W&B) and as rows of scalars.csv."""
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, float(value), step)
+            self.pending += f"{step},{tag},{float(value):.9g}\n".encode()
+        if time.monotonic() > self.next_flush:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the rows of scalars.csv; those that a full disk refuses are kept for the next time."""
+        self.next_flush = time.monotonic() + 1
         try:
-            import wandb
+            while self.pending:
+                self.pending = self.pending[self.csv.write(self.pending) :]
+        except OSError as error:
+            print(f"step {self.step}: {self.folder / 'scalars.csv'}: not written: {error}", file=sys.stderr, flush=True)
 
-            if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
-                raise UsageError("no login; run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
-            labels = {"name": run_dir.name, "group": task, "job_type": algorithm, "tags": [task, algorithm]}
-            project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": json.loads(config)}
-            labels |= {"id": run_dir.name, "resume": "allow" if args.resume else "never"}
-            wandb.init(**project, **labels, sync_tensorboard=True, save_code=True, reinit="finish_previous")
-        except Exception as error:
-            if not any(run_dir.iterdir()):
-                run_dir.rmdir()
-            raise UsageError(f"--track: W&B: {error}") from error
-    (run_dir / "args.json").write_text(config + "\n")
-    writer = SummaryWriter(run_dir, purge_step=first_step if args.resume else None)
-    if first_step == 0:
-        writer.add_text("hyperparameters", f"```\n{config}\n```")
-    return writer
+    def log_episode(self, rewards: list[float], start_value: float | None) -> None:
+        """Logs an episode that ended; start_value is the critic's of its first state, if it began after the warm-up."""
+        scalars = {"charts/episodic_return": sum(rewards), "charts/episodic_length": len(rewards)}
+        if start_value is not None:
+            discounted_return = sum(self.args.gamma**t * reward for t, reward in enumerate(rewards))
+            scalars["charts/q_minus_return"] = start_value - discounted_return
+        self.returns.append(sum(rewards))
+        self.log(self.step, scalars)
+
+    def check(self, log: dict) -> None:
+        """Raises FloatingPointError if a loss is not finite."""
+        for tag in ("losses/qf_loss", "losses/actor_loss"):
+            if not math.isfinite(log.get(tag, 0)):
+                raise FloatingPointError(f"{tag} is {float(log[tag])}")
+        if self.first_update is None and "losses/actor_loss" in log:  # all is compiled by then
+            self.first_update = self.step, time.perf_counter()
+
+    def log_update(self, log: dict) -> None:
+        """Logs an update and shows where the run is."""
+        now, (first_step, first_time) = time.perf_counter(), self.first_update
+        log["charts/SPS"] = (self.step - first_step) / max(now - first_time, 1e-6)
+        self.log(self.step, log | {"charts/hours": self.hours + (now - self.start) / 3600})
+        status = f"return {np.mean(self.returns):.2f}" if self.returns else "no episode yet"
+        self.bar.set_postfix_str(status)
+        if self.bar.disable and self.step // self.args.log_interval % 10 == 0:
+            left = (self.args.total_timesteps - self.step) / max(log["charts/SPS"], 1)
+            print(f"step {self.step}: {status}, {log['charts/SPS']:.0f} steps/s, {left:.0f} s left", flush=True)
+
+    def wants_checkpoint(self) -> bool:
+        return self.stopped_by is not None or self.step + 1 >= self.next_checkpoint
+
+    def save(self) -> None:
+        """Writes a checkpoint, or says why not: the one before is still there. If a signal asked the run to stop, this
+        ends it with KeyboardInterrupt. Raises FloatingPointError if a weight is not finite."""
+        self.next_checkpoint = self.step + 1 + self.args.checkpoint_interval
+        self.flush()
+        self.writer.flush()
+        filled = min(self.buffer.added, self.buffer.capacity)
+        state = {
+            "args": self.config,
+            "step": self.step + 1,
+            "hours": self.hours + (time.perf_counter() - self.start) / 3600,
+            "csv_size": self.csv.tell(),
+            "added": self.buffer.added,
+            "columns": [torch.from_numpy(column[:filled]) for column in self.buffer.columns],
+            "log_alpha": self.log_alpha,
+            "rng": self.rng.bit_generator.state,
+            "torch_rng": torch.get_rng_state(),
+            **{name: part.state_dict() for name, part in self.parts.items()},
+        }
+        for name in ("actor", "critics"):
+            if not all(weights.isfinite().all() for weights in state[name].values()):
+                raise FloatingPointError(f"a weight of the {name} is not finite")
+        try:
+            if self.pending:
+                raise OSError("no checkpoint without its rows of scalars.csv")
+            os.fsync(self.csv.fileno())
+            save(state, self.folder / "checkpoint.pt")
+            self.saved_step = self.step + 1
+        except OSError as error:
+            print(f"step {self.step}: {error}", file=sys.stderr, flush=True)
+        if self.stopped_by is not None:
+            last = f"the same command with --resume goes on from step {self.saved_step}"
+            print(f"{self.folder}: stopped; {last}", flush=True)
+            raise KeyboardInterrupt(self.stopped_by)
+
+    def finish(self, **networks: nn.Module) -> None:
+        """Evaluates the policy, and puts the networks in the checkpoint's place."""
+        returns = evaluate(networks["actor"], self.args, self.folder / "videos" / "eval")
+        self.log(self.args.total_timesteps, {"eval/episodic_return": returns.mean()})
+        print(f"{self.folder}: deterministic return {summary(returns)}")
+        self.flush()
+        states = {name: network.state_dict() for name, network in networks.items()}
+        save({"args": self.config, **states}, self.folder / "actor.pt")
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-@torch.inference_mode()
+def read_json(path: Path) -> dict:
+    """What the file holds, or nothing if its writer was killed before it was whole."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def compile_works(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs, a C++ compiler where there is no GPU; says so in a line if not."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except Exception as error:  # torch raises many
+        print(f"not compiled, and slower: {str(error).strip().splitlines()[0]:.150}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def film(env: gym.Env, args: Args, folder: Path, prefix: str = "clip") -> gym.Env:
+    """With --capture-video, the environment with clips of its episodes 0, 1, 8, 27, ... in the folder."""
+    if not args.capture_video:
+        return env
+    return gym.wrappers.RecordVideo(env, str(folder), name_prefix=prefix, video_length=300, gc_trigger=None)
+
+
 def evaluate(actor: nn.Module, args: Args, video: Path, deterministic: bool = True) -> np.ndarray:
-    """Returns of `args.eval_episodes` episodes of the mean action, or of sampled ones."""
-    env = make_env(args.env_id, args.capture_video)
-    if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(video), video_length=300, gc_trigger=None)
-    rng = np.random.default_rng([args.seed, 1])  # not the run's own generator: an evaluation changes nothing in a run
-    returns, device = np.zeros(args.eval_episodes), next(actor.parameters()).device
+    """Returns of `args.eval_episodes` episodes of the best action, or of sampled ones. It draws from a generator of its
+    own: an evaluation changes nothing in a run."""
+    env = film(make_env(args, args.capture_video), args, video)
+    rng, returns = np.random.default_rng([args.seed, 1]), np.zeros(args.eval_episodes)
     for episode in range(args.eval_episodes):
         (obs, _), done = env.reset(seed=int(rng.integers(2**31))), False
         while not done:
-            x = preprocess(torch.as_tensor(obs[None], device=device))
-            action = actor.squash(actor(x)[0]) if deterministic else actor.sample(x)[0]
-            action = action[0].cpu().numpy().clip(env.action_space.low, env.action_space.high)
-            obs, reward, terminated, truncated, _ = env.step(action)
+            obs, reward, terminated, truncated, _ = env.step(act(actor, obs, None if deterministic else rng))
             returns[episode] += reward
             done = terminated or truncated
     env.close()
     return returns
 
 
+def summary(returns: np.ndarray) -> str:
+    """Their mean and half the width of its 95% normal interval."""
+    margin = 1.96 * returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.nan
+    return f"{returns.mean():.2f} +- {margin:.2f} over {len(returns)} episodes"
+
+
+def load_actor(state: dict, args: Args, env: gym.Env) -> nn.Module:
+    """The actor that was saved. Raises an error if it is of other spaces, or not finite."""
+    actor, _ = make_networks(args, env)
+    actor.load_state_dict(state["actor"])
+    require(all(weights.isfinite().all() for weights in actor.parameters()), "its weights are not finite")
+    return actor
+
+
 def evaluate_run(args: Args) -> None:
-    """Prints the returns of a saved run's policy, deterministic and stochastic, each with its 95% normal interval."""
-    run_dir = Path(args.evaluate)
-    state = load(run_dir)
-    if state is None:
-        raise UsageError(f"--evaluate {run_dir}: must be the folder of a run that has saved a checkpoint or its actor")
+    """Prints the returns of a saved run's policy, deterministic and stochastic."""
+    folder = Path(args.evaluate)
+    state = load(folder)
+    require(
+        state is not None, f"--evaluate {folder}: must be the folder of a run that has saved a checkpoint or its actor"
+    )
     own = {"seed": args.seed, "eval_episodes": args.eval_episodes, "capture_video": args.capture_video}
     args = replace(args, **{name: value for name, value in state["args"].items() if name in asdict(args)} | own)
-    env = make_env(args.env_id, args.capture_video)
-    check_args(args, env)
-    actor = Actor(env.observation_space.shape[0], env.action_space)
-    actor.load_state_dict(state["actor"])
+    check_flags(args)
+    with refusing(f"--evaluate {folder}: its actor is not of this script and task"):
+        actor = load_actor(state, args, make_env(args))
     for name in ("deterministic", "stochastic"):
-        torch.manual_seed(args.seed)
-        video = run_dir / "videos" / f"evaluate-{name}"
-        returns = evaluate(actor, args, video, name == "deterministic")
-        margin = 1.96 * returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.nan
-        print(f"{run_dir}: {name} return {returns.mean():.2f} +- {margin:.2f} over {len(returns)} episodes")
+        returns = evaluate(actor, args, folder / "videos" / f"evaluate-{name}", name == "deterministic")
+        print(f"{folder}: {name} return {summary(returns)}")
 
 
-def train(args: Args) -> Path:
-    """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work, and
-    FloatingPointError if a loss is not finite."""
-    env = make_env(args.env_id, args.capture_video)
-    check_args(args, env)
-    run_dir, state = find_run(args)
-    if state and "step" not in state:
-        print(f"{run_dir}: finished already, after {args.total_timesteps} steps")
-        (run_dir / "checkpoint.pt").unlink(missing_ok=True)  # if it was killed right here, the last time
-        return run_dir
-    rng = np.random.default_rng(args.seed)
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    obs_dim, d, box = env.observation_space.shape[0], env.action_space.shape[0], env.action_space
-    algorithm = "SAC-AdaEnt"
-
-    actor = Actor(obs_dim, box).to(device)
-    critics = nn.ModuleList([make_network(obs_dim + d, 1), make_network(obs_dim + d, 1)]).to(device)
-    plain_critics = nn.ModuleList([make_network(obs_dim + d, 1), make_network(obs_dim + d, 1)]).to(device)
-    target_critics, target_plain_critics = (copy.deepcopy(q).requires_grad_(False) for q in (critics, plain_critics))
-    log_volume = box_log_volume(box)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, fused=True)
-    q_optimizer = torch.optim.Adam([*critics.parameters(), *plain_critics.parameters()], lr=args.q_lr, fused=True)
-    log_alpha = torch.zeros((), requires_grad=True, device=device)
-    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
-    target_entropy = -float(d)  # SAC's heuristic, in nats
+def main() -> None:
+    args = tyro.cli(Args)
     try:
-        buffer = ReplayBuffer(args.buffer_size, env.observation_space, env.action_space, device)
-    except (MemoryError, ValueError) as error:
-        raise UsageError(f"--buffer-size {args.buffer_size}: must fit into memory: {error}") from error
-
-    losses = td_targets, critic_loss, similarity, actor_loss
-    if args.compile:
-        losses = (torch.compile(loss, mode="reduce-overhead") for loss in losses)
-    compute_td_targets, compute_critic_loss, compute_similarity, compute_actor_loss = losses
-
-    # All that a checkpoint holds besides the counters and the random generators
-    parts = {"actor": actor, "critics": critics, "target_critics": target_critics, "buffer": buffer}
-    parts |= {"plain_critics": plain_critics, "target_plain_critics": target_plain_critics}
-    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
-    first_step, episode_seed, recent_returns = 0, int(rng.integers(2**31)), deque(maxlen=20)
-    if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name] if part is buffer else copy.deepcopy(state[name]))  # nothing maps the file
-        log_alpha.data.copy_(state["log_alpha"])
-        first_step, episode_seed = state["step"], state["episode_seed"]
-        recent_returns.extend(state["recent_returns"])
-        rng.bit_generator.state = state["rng"]
-        torch.set_rng_state(state["torch_rng"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
-        del state
-    alpha = log_alpha.detach().exp() if args.autotune else torch.tensor(args.alpha, device=device)
-
-    writer = start_logging(args, algorithm, run_dir, first_step)
-    print(f"{run_dir}: {algorithm} on {args.env_id} ({device}), from step {first_step}", flush=True)
-    if args.capture_video:
-        clips = {"name_prefix": f"from-step-{first_step}", "video_length": 300, "gc_trigger": None}
-        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "train"), **clips)
-    obs, _ = env.reset(seed=episode_seed)
-    episode_rewards, start_value = [], None
-    saved_step, next_checkpoint = first_step, first_step + args.checkpoint_interval
-    timed_step, start_time = max(first_step, args.learning_starts), time.time()
-    steps = range(first_step, args.total_timesteps)
-    steps = tqdm(steps, initial=first_step, total=args.total_timesteps, unit="step", dynamic_ncols=True, disable=None)
-    for global_step in steps:
-        # Act: at random during the warm-up, then from the policy
-        if global_step < args.learning_starts:
-            action = rng.uniform(box.low, box.high).astype(np.float32)
-            start_time = time.time()  # the speed is that of the steps after the warm-up
+        if args.evaluate is None:
+            train(args)
         else:
-            with torch.inference_mode():
-                x = preprocess(torch.as_tensor(obs[None], device=device))
-                action, _, _ = actor.sample(x)  # (1, d)
-                if not episode_rewards:
-                    start_value = torch.minimum(*q_values(critics, x, action)).item()
-                action = action[0].cpu().numpy().clip(box.low, box.high)
-
-        # Step and store: next_obs is the episode's own last observation, whatever ended it
-        next_obs, reward, terminated, truncated, _ = env.step(action)
-        buffer.add(obs, action, reward, next_obs, terminated)
-        obs = next_obs
-        episode_rewards.append(float(reward))
-
-        if terminated or truncated:
-            writer.add_scalar("charts/episodic_return", sum(episode_rewards), global_step)
-            writer.add_scalar("charts/episodic_length", len(episode_rewards), global_step)
-            if start_value is not None:
-                discounted_return = sum(args.gamma**t * r for t, r in enumerate(episode_rewards))
-                writer.add_scalar("charts/q_minus_return", start_value - discounted_return, global_step)
-            recent_returns.append(sum(episode_rewards))
-            episode_seed = int(rng.integers(2**31))
-            obs, _ = env.reset(seed=episode_seed)
-            episode_rewards, start_value = [], None
-
-        if global_step > args.learning_starts:
-            batch = buffer.sample(args.batch_size, rng)
-            if args.compile:
-                torch.compiler.cudagraph_mark_step_begin()
-
-            # Critics: regress both pairs on their targets
-            with torch.no_grad():
-                targets = target_critics, target_plain_critics
-                y, plain_y = compute_td_targets(batch, actor, *targets, args.gamma, alpha)
-            qf1_loss, qf2_loss, q1, q2 = compute_critic_loss(batch, critics, y)
-            plain_qf1_loss, plain_qf2_loss, plain_q1, _ = compute_critic_loss(batch, plain_critics, plain_y)
-            q_optimizer.zero_grad()
-            (qf1_loss + qf2_loss + plain_qf1_loss + plain_qf2_loss).backward()
-            q_optimizer.step()
-            check_finite("qf_loss", qf1_loss + qf2_loss + plain_qf1_loss + plain_qf2_loss, global_step, saved_step)
-
-            # Where do the critics disagree about the policy's actions?
-            if global_step % args.policy_frequency == 0:
-                with torch.no_grad():
-                    sampled = args.similarity_samples, args.similarity_centred
-                    similarities, by_chance = compute_similarity(batch, actor, critics, plain_critics, *sampled)
-                    follow_plain = similarities <= args.similarity_threshold
-
-            for _ in range(args.policy_frequency if global_step % args.policy_frequency == 0 else 0):
-                # Actor: towards the Boltzmann policy of the critics, whose weights get no gradient
-                chosen = follow_plain, args.actor_critic == "first"
-                pi_loss, log_pi = compute_actor_loss(batch, actor, critics, plain_critics, *chosen, alpha)
-                actor_optimizer.zero_grad()
-                pi_loss.backward(inputs=list(actor.parameters()))
-                actor_optimizer.step()
-                check_finite("actor_loss", pi_loss, global_step, saved_step)
-
-                # Temperature: hold the entropy at its target
-                entropy = -log_pi.mean()
-                if args.autotune:
-                    alpha_loss = temperature_loss(log_alpha, entropy, target_entropy)
-                    alpha_optimizer.zero_grad()
-                    alpha_loss.backward()
-                    alpha_optimizer.step()
-                    alpha = log_alpha.detach().exp()
-
-            if global_step % args.policy_frequency == 0 and global_step % args.log_interval < args.policy_frequency:
-                sigma = actor.scale * actor(batch.obs)[1].detach().exp()  # (B, d), before tanh: approximate at bounds
-                inside = torch.erf(args.exploit_radius / (math.sqrt(2) * sigma)).prod(1).mean()
-                sps = (global_step + 1 - timed_step) / (time.time() - start_time)
-                scalars = {"charts/SPS": sps, "losses/qf1_values": q1.mean(), "losses/qf2_values": q2.mean()}
-                scalars |= {"losses/qf1_loss": qf1_loss, "losses/qf2_loss": qf2_loss}
-                scalars |= {"losses/qf_loss": (qf1_loss + qf2_loss) / 2, "losses/actor_loss": pi_loss}
-                scalars |= {"losses/plain_qf1_loss": plain_qf1_loss, "losses/plain_qf1_values": plain_q1.mean()}
-                scalars |= {"adaent/similarity": similarities.mean(), "adaent/twin_similarity": by_chance.mean()}
-                scalars |= {"adaent/plain_share": follow_plain.float().mean()}
-                scalars |= {"losses/alpha": alpha, "policy/exploit_probability": inside}
-                scalars |= {"policy/entropy": entropy, "policy/kl": log_volume - entropy}
-                if args.autotune:
-                    scalars |= {"losses/alpha_loss": alpha_loss, "policy/target_entropy": target_entropy}
-                    scalars |= {"policy/target_kl": log_volume - target_entropy}
-                for name, value in scalars.items():
-                    writer.add_scalar(name, value, global_step)
-                status = f"return {np.mean(recent_returns):.2f}" if recent_returns else "no episode yet"
-                steps.set_postfix_str(status)
-                if steps.disable and global_step % (10 * args.log_interval) < args.policy_frequency:
-                    left = (args.total_timesteps - global_step) / sps
-                    print(f"step {global_step}: {status}, {sps:.0f} steps/s, {left:.0f} s left", flush=True)
-
-        if global_step > args.learning_starts and global_step % args.target_network_frequency == 0:
-            for online, copied in ((critics, target_critics), (plain_critics, target_plain_critics)):
-                for parameter, target in zip(online.parameters(), copied.parameters(), strict=True):
-                    target.lerp_(parameter.detach(), args.tau)
-
-        # Checkpoint: between two episodes, so that the next one's seed stands for the environment's state
-        if (terminated or truncated) and (stop_signals or global_step + 1 >= next_checkpoint):
-            next_checkpoint = global_step + 1 + args.checkpoint_interval
-            state = {name: part.state_dict() for name, part in parts.items()} | {"log_alpha": log_alpha.detach()}
-            state |= {"rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state()}
-            state |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-            state |= {"args": asdict(args), "step": global_step + 1, "episode_seed": episode_seed}
-            state |= {"recent_returns": list(recent_returns)}
-            writer.flush()
-            try:
-                save(state, run_dir / "checkpoint.pt")
-                saved_step = global_step + 1
-            except OSError as error:  # the one before is still there
-                print(f"step {global_step}: {error}", file=sys.stderr, flush=True)
-            if stop_signals:
-                writer.close()
-                print(f"{run_dir}: stopped; the same command with --resume goes on from step {saved_step}", flush=True)
-                sys.exit(128 + stop_signals[0])
-
-    env.close()
-    returns = evaluate(actor, args, run_dir / "videos" / "eval")
-    writer.add_scalar("eval/episodic_return", returns.mean(), args.total_timesteps)
-    print(f"{run_dir}: deterministic return {returns.mean():.2f} +- {returns.std():.2f} over {len(returns)} episodes")
-    writer.close()
-    networks = {"actor": actor, "critics": critics, "plain_critics": plain_critics}
-    save({"args": asdict(args)} | {k: network.state_dict() for k, network in networks.items()}, run_dir / "actor.pt")
-    (run_dir / "checkpoint.pt").unlink(missing_ok=True)
-    return run_dir
-
-
-stop_signals = []
-
-
-def stop(number: int, _) -> None:
-    """Handles SIGINT and SIGTERM: the run saves itself at the end of the episode. A second signal ends it at once."""
-    stop_signals.append(number)
-    for either in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(either, signal.SIG_DFL)
-    print("stopping at the end of this episode; once more to stop now", file=sys.stderr, flush=True)
+            evaluate_run(args)
+    except (UsageError, FloatingPointError) as error:
+        words = " ".join([f"{Path(__file__).name}: {error}", *getattr(error, "__notes__", [])])
+        print(" ".join(words.split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt as stopped:
+        sys.exit(128 + (stopped.args[0] if stopped.args else signal.SIGINT))
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    for number in (signal.SIGINT, signal.SIGTERM) if args.evaluate is None else ():
-        signal.signal(number, stop)
-    try:
-        train(args) if args.evaluate is None else evaluate_run(args)
-    except (UsageError, FloatingPointError, OSError) as error:
-        print(" ".join(f"{Path(__file__).name}: {error}".split()), file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+    main()

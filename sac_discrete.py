@@ -1,41 +1,46 @@
-"""SAC (Soft Actor-Critic) for discrete actions, in one file (Haarnoja et al., 2018; Christodoulou, 2019).
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "torch==2.13.0", "gymnasium[classic-control,mujoco]>=1.3,<1.5", "minatar>=1.0.15,<1.1", "moviepy>=2.1,<3",
+#     "mujoco>=3.3,<3.11", "numpy>=2.0,<3", "tensorboard>=2.18,<3", "tqdm>=4.66,<5", "tyro>=0.9,<2",
+#     "wandb>=0.31,<0.32",
+# ]
+# ///
+"""SAC (Soft Actor-Critic) for discrete actions, in one file.
 
-The critic's target pays for the policy's entropy beside the reward, which is what klac_discrete.py takes away:
+The critic is paid for the policy's entropy, and the actor is as random as a target entropy asks for:
 
     critic        y = r + gamma (1 - terminated) E_{a' ~ pi}[min_i Q_i'(s', a') - alpha log pi]
     actor         E_{a ~ pi}[alpha log pi - min_i Q_i]
     temperature   alpha (H - H*), which holds the entropy H at H* = 0.89 log n
 
-The README explains the flags and the metrics; docs/algorithms.md says where this differs from CleanRL's.
+docs/algorithms.md lists where this differs from CleanRL's, docs/metrics.md what is logged.
 """
 
 import colorsys
 import copy
-import difflib
-import json
 import math
-import os
-import random
-import signal
-import sys
-import time
-from collections import deque, namedtuple
-from dataclasses import asdict, dataclass, replace
+from collections import namedtuple
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gymnasium as gym
-import minatar.gym
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from torch.func import functional_call, grad_and_value
 
 
 @dataclass
 class Args:
+    env_id: str = "Breakout-v1"
+    """a MinAtar game (Asterix-v1, Breakout-v1, ...) or any Gymnasium id with discrete actions (CartPole-v1, ...)"""
+    total_timesteps: int = 3_000_000
+    """environment steps of the run"""
+    seed: int = 1
+    """seed of the weights, the actions, the replay samples and every episode"""
     exp_name: str = Path(__file__).stem
     """name of this experiment, part of the run's name"""
     run_name: str | None = None
@@ -46,14 +51,10 @@ class Args:
     """steps between two checkpoints, each written at the end of an episode"""
     evaluate: str | None = None
     """train nothing, but play --eval-episodes episodes of this run (its folder), deterministic and stochastic"""
-    seed: int = 1
-    """seed of the weights, the actions, the replay samples and every episode"""
-    torch_deterministic: bool = True
-    """make cuDNN deterministic (the CPU always is)"""
-    cuda: bool = True
-    """use a GPU where there is one"""
-    compile: bool = False
-    """compile target and losses (CUDA graphs on a GPU, a C++ compiler on a CPU); the first updates take a minute"""
+    eval_episodes: int = 10
+    """episodes of the deterministic policy played after training"""
+    log_interval: int = 1_000
+    """steps between two logged values of the losses and of the policy (episodes are logged as they end)"""
     track: bool = False
     """send the run to Weights & Biases as well (WANDB_MODE=offline needs no login)"""
     wandb_project_name: str = "klac"
@@ -61,15 +62,11 @@ class Args:
     wandb_entity: str | None = None
     """W&B team or user"""
     capture_video: bool = False
-    """record clips of 300 frames, from training and evaluation, into the run's folder"""
-    log_interval: int = 1_000
-    """steps between two logged values of the losses and of the policy (episodes are logged as they end)"""
-    eval_episodes: int = 10
-    """episodes of the deterministic policy (argmax) played after training"""
-    env_id: str = "Breakout-v1"
-    """a MinAtar game (Asterix-v1, Breakout-v1, ...) or any Gymnasium id with discrete actions (CartPole-v1, ...)"""
-    total_timesteps: int = 3_000_000
-    """environment steps of the run"""
+    """record clips of at most 300 frames, from training and evaluation, into the run's folder"""
+    compile: bool = True
+    """compile each update into one graph (CUDA graphs on a GPU); a minute the first time (--no-compile: to debug)"""
+    cuda: bool = True
+    """use a GPU where there is one"""
     buffer_size: int = 100_000
     """capacity of the replay buffer, in transitions"""
     gamma: float = 0.99
@@ -92,10 +89,8 @@ class Args:
     """temperature with --no-autotune (otherwise alpha starts at 1 and is learned)"""
     autotune: bool = True
     """learn the temperature, so that the policy's entropy meets its target"""
-
-
-class UsageError(ValueError):
-    """A flag that cannot work; the message names the flag, its value and what would be valid."""
+    target_entropy_scale: float = 0.89
+    """SAC's entropy target as a share of log n, in (0, 1)"""
 
 
 class MinAtarFixes(gym.Wrapper):
@@ -116,107 +111,99 @@ class MinAtarFixes(gym.Wrapper):
         return frame.repeat(32, axis=0).repeat(32, axis=1)
 
 
-def make_env(env_id: str, render: bool = False) -> gym.Env:
-    """One plain environment. `Seaquest-v1` stands for `MinAtar/Seaquest-v1`. Raises UsageError if it cannot be made."""
-    if "MinAtar/Breakout-v1" not in gym.registry:
-        minatar.gym.register_envs()
-    full_id = f"MinAtar/{env_id}" if f"MinAtar/{env_id}" in gym.registry else env_id
-    gym.logger.min_level = gym.logger.ERROR
-    try:
-        env = gym.make(full_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
-        env = MinAtarFixes(env) if full_id.startswith("MinAtar/") else env
-        if env.spec.max_episode_steps is None:  # a policy that stays alive would be neither logged nor saved
-            env = gym.wrappers.TimeLimit(env, 10_000)
-        if render:
-            env.reset(seed=0)
-            env.render()  # fails now rather than in the run
-        return env
-    except Exception as error:  # of Gymnasium, of an imported module, or of the environment itself
-        flags = f"--env-id {env_id}" + " --capture-video" * render
-        prefix = "MinAtar/" if env_id.startswith("MinAtar/") else ""
-        known = [name for name in gym.registry if full_id not in gym.registry and name.startswith(prefix)]
-        known = [name.removeprefix("MinAtar/") for name in known]
-        nearest = ", ".join(difflib.get_close_matches(env_id.removeprefix(prefix), known, cutoff=0))
-        raise UsageError(f"{flags}: {error} {'Nearest ids: ' * bool(nearest)}{nearest}") from error
+def make_env(args: Args, render: bool = False) -> gym.Env:
+    """One plain environment. `Seaquest-v1` stands for `MinAtar/Seaquest-v1`. Raises UsageError if it cannot be used."""
+    env_id = args.env_id
+    if env_id not in gym.registry and ":" not in env_id:
+        import minatar.gym  # which takes seconds
 
-
-def check_args(args: Args, env: gym.Env) -> None:
-    """Raises UsageError on the first flag that cannot work, before anything is written."""
-    obs_space, action_space = env.observation_space, env.action_space
-    if not isinstance(action_space, gym.spaces.Discrete) or action_space.n < 2 or action_space.start != 0:
-        valid = "Discrete(n) from 0 with n >= 2 (sac_continuous.py is the script for continuous ones)"
-        raise UsageError(f"--env-id {args.env_id}: actions must be {valid}, not {action_space}")
-    shape = obs_space.shape if isinstance(obs_space, gym.spaces.Box) else ()
-    is_image = len(shape) == 3 and min(shape[:2]) >= 3 and not shape[0] < shape[1] == shape[2]
-    if not is_image and not (len(shape) == 1 and shape[0] > 0):
-        valid = "images (H x W x channels, at least 3 x 3) or flat (one dimension)"
-        raise UsageError(f"--env-id {args.env_id}: observations must be {valid}, not {obs_space}")
-    total = args.total_timesteps
-    positive = "total_timesteps buffer_size batch_size update_frequency target_network_frequency "
-    positive += "policy_lr q_lr log_interval checkpoint_interval eval_episodes"
-    rules = [(x, 0 < getattr(args, x) < 2**62, "positive and below 2**62") for x in positive.split()]
-    rules += [
-        ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
-        ("gamma", 0 <= args.gamma < 1, "in [0, 1)"),
-        ("tau", 0 < args.tau <= 1, "in (0, 1]"),
-        ("alpha", 0 <= args.alpha < math.inf, "at least 0 and finite"),
-        ("alpha", not args.autotune or args.alpha == Args.alpha, "given with --no-autotune: otherwise it is learned"),
-        ("batch_size", args.batch_size <= args.buffer_size, f"at most --buffer-size {args.buffer_size}"),
-        ("learning_starts", 0 <= args.learning_starts < total, f"at least 0 and below --total-timesteps {total}"),
-        ("exp_name", args.exp_name == Path(args.exp_name).resolve().name, "a plain folder name"),
-        ("run_name", args.run_name in (None, Path(str(args.run_name)).resolve().name), "a plain folder name"),
-    ]
-    for name, valid, expected in rules:
-        if not valid:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {expected}")
+        if "MinAtar/Breakout-v1" not in gym.registry:
+            minatar.gym.register_envs()
+        if f"MinAtar/{env_id}" in gym.registry:
+            env_id = f"MinAtar/{env_id}"
+    env = make_gym(env_id, render)
+    if env_id.startswith("MinAtar/"):
+        env = MinAtarFixes(env)
+    space, actions = env.observation_space, env.action_space
+    valid = "Discrete(n) with n >= 2 (the scripts *_continuous.py are for continuous ones)"
+    discrete = isinstance(actions, gym.spaces.Discrete) and actions.n >= 2
+    require(discrete, f"--env-id {args.env_id}: actions must be {valid}, not {actions}")
+    shape = space.shape if isinstance(space, gym.spaces.Box) else ()
+    flat = len(shape) == 1 and shape[0] > 0
+    image = len(shape) == 3 and min(shape[:2]) >= 3 and not (shape[0] <= 4 and shape[0] < min(shape[1:]))
+    valid = "flat, or images of at least 3 x 3 with channels last (gymnasium.wrappers.TransformObservation turns them)"
+    require(flat or image, f"--env-id {args.env_id}: observations must be {valid}, not {space}")
+    return Checked(env, args)
 
 
 def preprocess(obs: torch.Tensor) -> torch.Tensor:
-    """Observations (B, *obs) as the networks take them: float32, images as (B, C, H, W), bytes scaled to [0, 1]."""
-    x = obs.permute(0, 3, 1, 2) if obs.ndim == 4 else obs
-    x = x.to(torch.float32, memory_format=torch.contiguous_format)
-    return x / 255 if obs.dtype == torch.uint8 else x
+    """Observations (B, *obs) as the networks take them, (B, positions, inputs), float32: an image as its 3 x 3 patches,
+    cut once for all networks, with bytes scaled to [0, 1]; a flat one as a single position."""
+    x = obs.float() / 255 if obs.dtype == torch.uint8 else obs.float()
+    if x.ndim == 2:
+        return x.unsqueeze(1)
+    b, h, w, c = x.shape
+    patches = x.as_strided((b, h - 2, w - 2, 3, 3 * c), (h * w * c, w * c, c, w * c, 1))
+    return patches.reshape(b, (h - 2) * (w - 2), 9 * c)
 
 
-cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-use_onednn = "AuthenticAMD" in cpu and "cpu family\t: 26" in cpu and torch.backends.mkldnn.is_available()
+def parameter(std: float, *shape: int) -> nn.Parameter:
+    """Normally distributed weights, or zeros for biases. Gradients come from torch.func: no parameter asks for one."""
+    return nn.Parameter(std * torch.randn(shape), requires_grad=False)
 
 
-class Linear(nn.Linear):
-    """nn.Linear, but on AMD's Zen 5 (family 26) by oneDNN: there it is twice as fast as the BLAS, elsewhere slower."""
+class Networks(nn.Module):
+    """A stack of k networks, (B, positions, inputs) to (k, B, n): 16 units (a flat observation's 128) at each position,
+    which on patches are a 3 x 3 convolution, a layer of 128, and a head, with Kaiming's initialisation. The actor is a
+    stack of one, with logits; the twin critics are two."""
+
+    def __init__(self, k: int, obs_shape: tuple[int, ...], n: int):
+        super().__init__()
+        _, positions, inputs = preprocess(torch.zeros(1, *obs_shape)).shape
+        units = 16 if len(obs_shape) == 3 else 128
+        self.k = k
+        self.w1 = parameter(math.sqrt(2 / inputs), inputs, k * units)  # the k side by side, as they read the same input
+        self.w2 = parameter(math.sqrt(2 / (positions * units)), k, positions * units, 128)
+        self.w3 = parameter(math.sqrt(2 / 128), k, 128, n)
+        self.b1, self.b2, self.b3 = parameter(0, k * units), parameter(0, k, 1, 128), parameter(0, k, 1, n)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if use_onednn and x.is_cpu and len(x) > 1 and not torch.compiler.is_compiling():
-            return super().forward(x.to_mkldnn()).to_dense()
-        return super().forward(x)
+        b, positions, _ = x.shape
+        h = (x.flatten(0, 1) @ self.w1 + self.b1).relu().view(b, positions, self.k, -1)
+        h = (h.permute(2, 0, 1, 3).reshape(self.k, b, -1) @ self.w2 + self.b2).relu()  # (k, B, 128)
+        return h @ self.w3 + self.b3
 
 
-def make_network(obs_shape: tuple[int, ...], n: int) -> nn.Sequential:
-    """Maps (B, *obs) to (B, n): the logits of the actor, or a critic's value of each action."""
-    if len(obs_shape) == 3:
-        height, width, channels = obs_shape
-        encoder = [nn.Conv2d(channels, 16, 3), nn.ReLU(inplace=True), nn.Flatten()]
-        encoder += [Linear(16 * (height - 2) * (width - 2), 128)]
-    else:
-        encoder = [nn.Linear(obs_shape[0], 128), nn.ReLU(inplace=True), Linear(128, 128)]
-    network = nn.Sequential(*encoder, nn.ReLU(inplace=True), nn.Linear(128, n))
-    for parameter in network.parameters():
-        nn.init.kaiming_normal_(parameter) if parameter.ndim > 1 else nn.init.zeros_(parameter)  # weights, biases
-    return network
+def make_networks(args: Args, env: gym.Env) -> tuple[Networks, Networks]:
+    """The actor and the twin critics."""
+    shape, n = env.observation_space.shape, int(env.action_space.n)
+    return Networks(1, shape, n), Networks(2, shape, n)
+
+
+@torch.inference_mode()
+def act(actor: Networks, obs: np.ndarray, rng: np.random.Generator | None) -> int:
+    """An action drawn from pi(.|obs), or without a generator the most probable one."""
+    logits = actor(preprocess(torch.as_tensor(obs, device=actor.w1.device).unsqueeze(0)))[0, 0].cpu().numpy()  # (n,)
+    return int((logits if rng is None else logits + rng.gumbel(size=len(logits))).argmax())
+
+
+def state_value(obs: np.ndarray, actor: Networks, critics: Networks) -> float:
+    """E_{a ~ pi}[min_i Q_i(s, a)] of one observation."""
+    x = preprocess(torch.as_tensor(obs[None], device=actor.w1.device))
+    return (F.softmax(actor(x)[0], dim=1) * critics(x).amin(0)).sum().item()
 
 
 Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, observations in the environment's own dtype (float64 as float32)."""
+    """The last `capacity` transitions, as the environment returned them."""
 
-    def __init__(self, capacity: int, obs_space: gym.Space, action_space: gym.Space, device: torch.device):
-        obs, actions, next_obs = (
-            np.zeros((capacity, *space.shape), np.float32 if space.dtype == np.float64 else space.dtype)
-            for space in (obs_space, action_space, obs_space)
-        )
-        self.columns = Batch(obs, actions, np.zeros(capacity, np.float32), next_obs, np.zeros(capacity, np.float32))
+    def __init__(self, capacity: int, env: gym.Env, device: torch.device):
+        obs, action = env.observation_space, env.action_space
+        columns = [np.zeros((capacity, *space.shape), stored_dtype(space)) for space in (obs, action, obs)]
+        rewards, terminations = np.zeros(capacity, np.float32), np.zeros(capacity, np.float32)
+        self.columns = Batch(columns[0], columns[1], rewards, columns[2], terminations)
         self.capacity, self.device, self.added = capacity, device, 0
 
     def add(self, *transition) -> None:
@@ -226,60 +213,321 @@ class ReplayBuffer:
         self.added += 1
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> Batch:
-        """Draws transitions uniformly: obs and next_obs preprocessed, (B, *obs); the other columns (B, ...)."""
+        """Draws transitions uniformly: obs and next_obs preprocessed, the other columns (B, ...)."""
         i = rng.integers(min(self.added, self.capacity), size=batch_size)
-        batch = Batch(*(torch.as_tensor(column[i], device=self.device) for column in self.columns))
+        batch = Batch(*[torch.as_tensor(column[i], device=self.device) for column in self.columns])
         return batch._replace(obs=preprocess(batch.obs), next_obs=preprocess(batch.next_obs))
 
-    def state_dict(self) -> dict:
-        """The transitions held, by column, and the number added so far: what a checkpoint stores."""
-        filled = min(self.added, self.capacity)
-        return {"added": self.added, "columns": [torch.from_numpy(column[:filled]) for column in self.columns]}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Takes over what `state_dict` of a buffer of the same capacity returned."""
-        self.added = state["added"]
-        for column, saved in zip(self.columns, state["columns"], strict=True):
-            column[: len(saved)] = saved.numpy()
-
-
-def td_target(batch: Batch, actor: nn.Module, target_critics, gamma: float, alpha: torch.Tensor) -> torch.Tensor:
+def td_target(batch: Batch, actor: Networks, target_critics: Networks, gamma: float, alpha) -> torch.Tensor:
     """y = r + gamma (1 - terminated) E_{a' ~ pi}[min_i Q_i'(s', a') - alpha log pi(a'|s')], (B,)."""
-    log_pi = F.log_softmax(actor(batch.next_obs), dim=1)  # (B, n)
-    min_q = torch.minimum(*(q(batch.next_obs) for q in target_critics))  # (B, n)
+    log_pi = F.log_softmax(actor(batch.next_obs)[0], dim=1)  # (B, n)
+    min_q = target_critics(batch.next_obs).amin(0)  # (B, n)
     next_v = (log_pi.exp() * (min_q - alpha * log_pi)).sum(1)  # (B,)
     return batch.rewards + gamma * (1 - batch.terminations) * next_v
 
 
-def critic_loss(batch: Batch, critics: nn.ModuleList, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Each critic's mean squared error, and its Q(s, a), (B,), for the log."""
-    q1, q2 = (q(batch.obs).gather(1, batch.actions[:, None]).squeeze(1) for q in critics)
-    return F.mse_loss(q1, y), F.mse_loss(q2, y), q1, q2
+def critic_loss(parameters: dict, batch: Batch, critics: Networks, y: torch.Tensor):
+    """The sum over the twins of their mean squared errors, and those errors and the mean Q(s, a), (2,) each."""
+    q = functional_call(critics, parameters, (batch.obs,))  # (2, B, n)
+    q = q.gather(2, batch.actions.expand(2, -1).unsqueeze(2)).squeeze(2)  # (2, B), of the actions taken
+    errors = (q - y).square().mean(1)
+    return errors.sum(), (errors, q.mean(1))
 
 
-def actor_loss(batch: Batch, actor: nn.Module, critics: nn.ModuleList, alpha: torch.Tensor):
-    """E_{a ~ pi}[alpha log pi - min_i Q_i], with its log pi, (B, n)."""
-    with torch.no_grad():
-        min_q = torch.minimum(*(q(batch.obs) for q in critics))  # (B, n)
-    log_pi = F.log_softmax(actor(batch.obs), dim=1)
-    return (log_pi.exp() * (alpha * log_pi - min_q)).sum(1).mean(), log_pi.detach()
+def critic_gradients(batch: Batch, actor: Networks, critics: Networks, target_critics: Networks, gamma, alpha):
+    """The critics' gradients, by parameter, and what is logged. Pure: it changes nothing."""
+    y = td_target(batch, actor, target_critics, gamma, alpha)
+    differentiate = grad_and_value(critic_loss, has_aux=True)
+    gradients, (loss, (errors, q)) = differentiate(dict(critics.named_parameters()), batch, critics, y)
+    log = {"losses/qf1_values": q[0], "losses/qf2_values": q[1], "losses/qf_loss": loss / 2}
+    return gradients, log | {"losses/qf1_loss": errors[0], "losses/qf2_loss": errors[1]}
 
 
-def temperature_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: float) -> torch.Tensor:
-    """alpha (H - H*): alpha falls while the policy is more random than its target."""
-    return log_alpha.exp() * (entropy - target_entropy).detach()
+def actor_loss(parameters: dict, batch: Batch, actor: Networks, min_q: torch.Tensor, alpha: torch.Tensor):
+    """E_{a ~ pi}[alpha log pi - min_i Q_i], and log pi, (B, n)."""
+    log_pi = F.log_softmax(functional_call(actor, parameters, (batch.obs,))[0], dim=1)
+    return (log_pi.exp() * (alpha * log_pi - min_q)).sum(1).mean(), log_pi
 
 
-def check_finite(name: str, loss: torch.Tensor, step: int, saved_step: int) -> None:
-    """Raises FloatingPointError if the loss is not finite."""
-    if not math.isfinite(loss.item()):
-        last = f"the last checkpoint is of step {saved_step}" if saved_step else "there is no checkpoint yet"
-        raise FloatingPointError(f"{name} is {loss.item()} at step {step}; {last}")
+def actor_gradients(batch: Batch, actor: Networks, critics: Networks, alpha: torch.Tensor):
+    """The actor's gradients, by parameter, the entropy H, and what is logged."""
+    min_q = critics(batch.obs).amin(0)  # (B, n)
+    differentiate = grad_and_value(actor_loss, has_aux=True)
+    gradients, (loss, log_pi) = differentiate(dict(actor.named_parameters()), batch, actor, min_q, alpha)
+    pi = log_pi.exp()
+    entropy = -(pi * log_pi).sum(1).mean()
+    log = {"losses/actor_loss": loss, "policy/entropy": entropy}
+    log |= {"policy/kl": math.log(pi.shape[1]) - entropy, "policy/exploit_probability": pi.amax(1).mean()}
+    return gradients, entropy, log
+
+
+def descend(optimizer: torch.optim.Optimizer, network: nn.Module, gradients: dict[str, torch.Tensor]) -> None:
+    """One step of the optimizer of the network's parameters along these gradients."""
+    for name, parameter in network.named_parameters():
+        parameter.grad = gradients[name]
+    optimizer.step()
+
+
+def train(args: Args) -> Path:
+    """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work,
+    FloatingPointError if a number is not finite, and KeyboardInterrupt if it was asked to stop, once it is saved."""
+    check_flags(args)
+    env = make_env(args, args.capture_video)
+    n = int(env.action_space.n)
+    run = Run(args, "SAC")
+    if run.finished:
+        return run.folder
+
+    args, device = run.args, run.device
+    rng = np.random.default_rng(args.seed)
+    torch.manual_seed(args.seed)
+    actor, critics = [networks.to(device) for networks in make_networks(args, env)]
+    target_critics = copy.deepcopy(critics)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, eps=1e-4, fused=True)
+    q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.q_lr, eps=1e-4, fused=True)
+    log_alpha = torch.zeros((), device=device)
+    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, eps=1e-4, fused=True)
+    check_memory(args, env)
+    buffer = ReplayBuffer(args.buffer_size, env, device)
+    parts = {"actor": actor, "critics": critics, "target_critics": target_critics}
+    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
+    run.restore(parts, buffer, log_alpha, rng)
+    alpha = log_alpha.exp() if args.autotune else torch.tensor(args.alpha, device=device)
+    target_entropy = args.target_entropy_scale * math.log(n)
+    compute_critic_gradients, compute_actor_gradients = run.compile(critic_gradients, actor_gradients)
+
+    with run:
+        env, episode_ended = film(env, args, run.folder / "videos" / "train", f"from-step-{run.step}"), True
+        for global_step in run.steps():
+            if episode_ended:
+                obs, _ = env.reset(seed=int(rng.integers(2**31)))
+                rewards, start_value = [], None
+
+            # Act: at random during the warm-up, then from the policy
+            if global_step < args.learning_starts:
+                action = int(rng.integers(n))
+            else:
+                action = act(actor, obs, rng)
+                if not rewards:
+                    start_value = state_value(obs, actor, critics)
+
+            # Step and store: next_obs is the episode's own last observation, whatever ended it
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            buffer.add(obs, action, reward, next_obs, terminated)
+            obs, episode_ended = next_obs, terminated or truncated
+            rewards.append(reward)
+            if episode_ended:
+                run.log_episode(rewards, start_value)
+
+            if global_step > args.learning_starts and global_step % args.update_frequency == 0:
+                batch = buffer.sample(args.batch_size, rng)
+
+                # Critics: regress both on the target
+                gradients, log = compute_critic_gradients(batch, actor, critics, target_critics, args.gamma, alpha)
+                descend(q_optimizer, critics, gradients)
+
+                # Actor: towards the Boltzmann policy of the critics
+                gradients, entropy, actor_log = compute_actor_gradients(batch, actor, critics, alpha)
+                descend(actor_optimizer, actor, gradients)
+                log |= actor_log
+
+                # Temperature: hold the entropy at its target; in log alpha the loss is its own gradient
+                if args.autotune:
+                    log_alpha.grad = alpha * (entropy - target_entropy)
+                    alpha_optimizer.step()
+                    alpha = log_alpha.exp()
+                    log |= {"losses/alpha_loss": log_alpha.grad, "policy/target_entropy": target_entropy}
+                    log["policy/target_kl"] = math.log(n) - target_entropy
+                log["losses/alpha"] = alpha
+                run.check(log)
+                if global_step % args.log_interval < args.update_frequency:
+                    run.log_update(log)
+
+            if global_step > args.learning_starts and global_step % args.target_network_frequency == 0:
+                for parameter, target in zip(critics.parameters(), target_critics.parameters(), strict=True):
+                    target.lerp_(parameter, args.tau)
+
+            # Checkpoint: between two episodes, so that the next one's seed stands for the environment's state
+            if episode_ended and run.wants_checkpoint():
+                run.save()
+
+        env.close()
+        run.finish(actor=actor, critics=critics)
+    return run.folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The algorithm ends here. What follows is the same, word for word, in every script: checks of flags and environments, a
+# run's folder with its lock, log and checkpoint, evaluation, and the command line.
+# ----------------------------------------------------------------------------------------------------------------------
+
+import ctypes.util
+import difflib
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import zipfile
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class UsageError(ValueError):
+    """A flag that cannot work; the message names the flag, its value and what would be valid."""
+
+
+def require(valid: bool, message: str) -> None:
+    if not valid:
+        raise UsageError(message)
+
+
+@contextmanager
+def refusing(message: str):
+    """Makes any exception of its block a UsageError that begins with `message`: torch, W&B and others raise many."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(f"{message}: {error!s:.200}") from error
+
+
+def check_flags(args: Args) -> None:
+    """Raises UsageError on the first flag that cannot work on any task."""
+    total, names = args.total_timesteps, (Path(args.exp_name), Path(args.run_name or "runs"))
+    rules = [("total_timesteps", 0 < total < 2**62, "positive and below 2**62")]
+    for name, value in asdict(args).items():
+        if type(value) is int and name not in ("seed", "learning_starts"):
+            rules.append((name, 0 < value < 2**62, "positive and below 2**62"))
+        if type(value) is float:
+            rules.append((name, math.isfinite(value), "finite"))
+        if name in ("policy_lr", "q_lr", "exploit_radius"):
+            rules.append((name, value > 0, "positive"))
+        if name in ("p_start", "p_end", "target_entropy_scale") and value is not None:
+            rules.append((name, 0 < value < 1, "in (0, 1)"))
+        if name.endswith("_frequency") or name == "log_interval":
+            rules.append((name, value <= total or value == getattr(Args, name), f"at most --total-timesteps {total}"))
+    rules += [
+        ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
+        ("gamma", 0 <= args.gamma < 1, "in [0, 1)"),
+        ("tau", 0 < args.tau <= 1, "in (0, 1]"),
+        ("alpha", args.alpha >= 0, "at least 0"),
+        ("alpha", not args.autotune or args.alpha == Args.alpha, "given with --no-autotune: otherwise it is learned"),
+        ("batch_size", args.batch_size <= args.buffer_size, f"at most --buffer-size {args.buffer_size}"),
+        ("learning_starts", 0 <= args.learning_starts < total, f"at least 0 and below --total-timesteps {total}"),
+        ("exp_name", args.exp_name == names[0].resolve().name, "a plain folder name"),
+        ("run_name", args.run_name in (None, names[1].resolve().name), "a plain folder name"),
+    ]
+    for name, valid, expected in rules:
+        require(valid, f"--{name.replace('_', '-')} {getattr(args, name)}: must be {expected}")
+
+
+def stored_dtype(space: gym.Space) -> np.dtype:
+    """What the buffer keeps of a space: its own dtype, but float32 for float64 and int64 for discrete actions."""
+    if isinstance(space, gym.spaces.Discrete):
+        return np.dtype(np.int64)
+    return np.dtype(np.float32) if space.dtype == np.float64 else space.dtype
+
+
+def check_memory(args: Args, env: gym.Env) -> None:
+    """Raises UsageError if the buffer, which claims its memory only as it fills, needs more than there is."""
+    spaces = env.observation_space, env.observation_space, env.action_space
+    size = 8 + sum(stored_dtype(space).itemsize * math.prod(space.shape) for space in spaces)
+    if Path("/proc/meminfo").exists():
+        available = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+        words = f"needs {args.buffer_size * size / 1e9:.1f} GB of memory; at most {available // size} fit"
+        require(args.buffer_size * size <= available, f"--buffer-size {args.buffer_size}: {words}")
+
+
+class Checked(gym.Wrapper):
+    """Trusts nothing that an environment returns: it may overwrite its own arrays, so that each is copied, in the
+    buffer's dtype. Discrete actions count from 0 wherever their space starts. Raises UsageError where an observation or
+    reward is not what the spaces promise (its range at first alone), FloatingPointError where it is not finite."""
+
+    def __init__(self, env: gym.Env, args: Args):
+        super().__init__(env)
+        self.space, self.dtype, self.name = env.observation_space, stored_dtype(env.observation_space), args.env_id
+        env.action_space.seed(0)
+        first, _ = self.reset(seed=0)
+        second = self.convert(env.step(env.action_space.sample())[0])
+        for obs in (first, second):
+            slack = 1e-3 * (1 + np.abs(obs))
+            inside = ((self.space.low - slack <= obs) & (obs <= self.space.high + slack)).all()
+            require(inside, f"--env-id {self.name}: observes {obs.min()} to {obs.max()}, its space is {self.space}")
+
+    def convert(self, obs) -> np.ndarray:
+        found = np.asarray(obs)
+        castable = found.dtype.kind in ("buif" if self.dtype.kind == "f" else "bui")
+        message = f"--env-id {self.name}: observes {found.dtype} {found.shape}, its space is {self.space}"
+        require(castable and found.shape == self.space.shape, message)
+        if found.dtype.kind == "f" and not np.isfinite(found).all():
+            raise FloatingPointError("the environment's observation is not finite")
+        return np.array(found, self.dtype)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.convert(obs), info
+
+    def step(self, action):
+        sent = action.copy() if isinstance(action, np.ndarray) else action + int(self.action_space.start)
+        obs, reward, terminated, truncated, info = self.env.step(sent)
+        require(np.size(reward) == 1, f"--env-id {self.name}: the reward must be one number, not {reward!r}")
+        reward = float(np.asarray(reward).item())
+        if not math.isfinite(reward):
+            raise FloatingPointError(f"the environment's reward is {reward}")
+        return self.convert(obs), reward, bool(terminated), bool(truncated), info
+
+
+def make_gym(env_id: str, render: bool) -> gym.Env:
+    """gym.make, with a time limit where there is none. Raises UsageError if it cannot be made or filmed."""
+    gym.logger.min_level = gym.logger.ERROR
+    if render and "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
+        os.environ["MUJOCO_GL"] = "egl"  # a server without a display
+    try:
+        kwargs = {"render_mode": "rgb_array"} if render else {}
+        env = gym.make(env_id, disable_env_checker=True, **kwargs)
+        if env.spec.max_episode_steps is None:  # a policy that stays alive would be neither logged nor saved
+            env = gym.wrappers.TimeLimit(env, 10_000)
+        if render:
+            env.reset(seed=0)
+            env.render()  # fails now rather than in the run
+        return env
+    except Exception as error:  # of Gymnasium, of an imported module, or of the environment itself
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}: {error}"
+        if isinstance(error, gym.error.UnregisteredEnv):
+            namespace, _, name = env_id.rpartition("/")
+            known = [x.rpartition("/")[2] for x in gym.registry if x.startswith(f"{namespace}/") or not namespace]
+            reason = f"{error} Nearest ids: {', '.join(difflib.get_close_matches(name, known, cutoff=0))}"
+        raise UsageError(f"--env-id {env_id}{' --capture-video' if render else ''}: {reason}") from error
+
+
+def load(folder: Path) -> dict | None:
+    """What was last saved of a run: its actor if it is finished, else its checkpoint; None before the first. A file
+    from a stranger can run no code. Raises UsageError if the file is damaged."""
+    for path in (folder / "actor.pt", folder / "checkpoint.pt"):
+        if path.exists():
+            with refusing(f"{path}: damaged; without it the run starts afresh"):
+                with zipfile.ZipFile(path) as archive:
+                    bad = archive.testzip()  # torch does not look at the checksums
+                require(bad is None, f"the checksum of {bad} is wrong")
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                _ = state["args"]["env_id"], state["actor"]  # what every saved run has
+                return state
+    return None
 
 
 def save(state: dict, path: Path) -> None:
     """Writes `state` to `path`, whole or not at all: then, on a full disk for instance, it raises OSError."""
-    partial = path.with_name("partial")
+    partial = path.with_name(f"partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
             torch.save(state, file)
@@ -288,306 +536,335 @@ def save(state: dict, path: Path) -> None:
         partial.replace(path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"{path}: not written: {error}") from error
+        cause = error
+        while cause.__context__ is not None and not isinstance(cause, OSError):  # torch's own error hides the disk's
+            cause = cause.__context__
+        raise OSError(f"{path}: not written: {cause}") from error
 
 
-def load(run_dir: Path) -> dict | None:
-    """What `save` last wrote of a run: its actor if it is finished, else its checkpoint; None before the first. A file
-    from a stranger can run no code. Raises UsageError if the file is damaged."""
-    for path in (run_dir / "actor.pt", run_dir / "checkpoint.pt"):
-        if path.exists():
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                _ = state["args"]["env_id"], state["actor"]  # what every saved run has
-                return state
-            except Exception as error:  # torch raises a different error for each damage
-                raise UsageError(f"{path}: damaged; without it the run starts afresh: {error!s:.150}") from error
-    return None
+class Run:
+    """A run's folder: its name, its lock, what was saved there, its log, and the signals that ask the run to stop."""
 
+    def __init__(self, args: Args, algorithm: str):
+        """Raises UsageError, with nothing written, if another process has the folder or other flags began the run."""
+        self.task = args.env_id.split("/")[-1].split(":")[-1]
+        prefix = f"{self.task}__{args.exp_name}__{args.seed}__"
+        earlier = sorted(path.name for path in Path("runs").glob("*") if path.name.rpartition("__")[0] + "__" == prefix)
+        name = earlier[-1] if args.resume and earlier else f"{prefix}{time.time_ns() // 1000}"
+        self.folder, self.state, self.lock, began = Path("runs", args.run_name or name), None, None, {}
+        if args.resume and self.folder.is_dir():
+            self.own()
+            self.state = load(self.folder)
+            began = self.state["args"] if self.state else read_json(self.folder / "args.json")
+        self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        compiled = args.compile and began.get("compile", True) and compile_works(self.device)
+        self.args = replace(args, compile=compiled)
+        self.config = {"algorithm": algorithm, **asdict(self.args)}
+        free = {"run_name", "resume", "checkpoint_interval", "eval_episodes", "capture_video", "track", "evaluate"}
+        free |= {"wandb_project_name", "wandb_entity"}
+        for flag in self.config.keys() - free if began else ():
+            before, now = began.get(flag), self.config[flag]
+            allowed = now == before or (flag == "total_timesteps" and now > before)
+            words = f"{self.folder} was started with --{flag.replace('_', '-')} {before}, not {now}"
+            require(allowed, f"--resume: {words}")
+        self.finished = self.state is not None and "step" not in self.state
+        self.step = self.saved_step = self.state["step"] if self.state and not self.finished else 0
+        self.hours, self.csv_size = (self.state["hours"], self.state["csv_size"]) if self.step else (0.0, 0)
+        if self.finished:
+            longer = args.total_timesteps > began["total_timesteps"]
+            require(
+                not longer, f"--total-timesteps {args.total_timesteps}: {self.folder} is finished, its checkpoint gone"
+            )
+            print(f"{self.folder}: finished already, after {args.total_timesteps} steps")
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)  # if it was killed right here, the last time
 
-def find_run(args: Args) -> tuple[Path, dict | None]:
-    """The run's folder and, with --resume, what was saved there. Raises UsageError if other flags began it."""
-    name = f"{args.env_id.split('/')[-1].split(':')[-1]}__{args.exp_name}__{args.seed}__"
-    earlier = sorted(path.name for path in Path("runs").glob("*") if path.name.rpartition("__")[0] + "__" == name)
-    latest = earlier[-1] if args.resume and earlier else f"{name}{time.time_ns() // 1000}"
-    run_dir = Path("runs", args.run_name or latest)
-    state = load(run_dir) if args.resume else None
-    try:
-        began = state["args"] if state else json.loads((run_dir / "args.json").read_text()) if args.resume else {}
-    except (OSError, ValueError):  # there is no such run, or it was killed before it had begun
-        began = {}
-    may_change = "run_name resume checkpoint_interval eval_episodes capture_video track wandb_project_name wandb_entity"
-    for name, value in asdict(args).items() if began else ():
-        before = began.get(name)
-        if value != before and name not in may_change.split() and not (name == "total_timesteps" and value > before):
-            raise UsageError(f"--resume: {run_dir} was started with --{name.replace('_', '-')} {before}, not {value}")
-    if state and "step" not in state and args.total_timesteps > state["args"]["total_timesteps"]:
-        raise UsageError(f"--total-timesteps {args.total_timesteps}: {run_dir} is finished, and its checkpoint is gone")
-    return run_dir, state
+    def own(self) -> None:
+        """Locks the folder until this process ends, however it ends. Raises UsageError if another process has it."""
+        self.lock = (self.folder / "lock").open("a+")
+        self.lock.seek(0)
+        holder = self.lock.read().strip() or "another process"
+        with refusing(f"--run-name {self.folder.name}: {holder} is running it"):
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.lock.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=self.lock, flush=True)
+        for partial in self.folder.glob("partial-*"):  # of a process that was killed
+            partial.unlink()
 
+    def compile(self, *functions):
+        """The functions, with --compile each as one graph (on a GPU captured as CUDA graphs)."""
+        if not self.args.compile:
+            return functions
+        print("compiling at the first update: about a minute the first time on this machine", flush=True)
+        torch.compiler.reset()  # of earlier runs in this process
+        torch.empty(30 * 2**20, dtype=torch.uint8)  # freed at once: from then on glibc keeps what is freed for the next
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        return [torch.compile(function, dynamic=False, mode=mode) for function in functions]
 
-def start_logging(args: Args, algorithm: str, run_dir: Path, first_step: int) -> SummaryWriter:
-    """Makes the run's folder, writes args.json, and opens TensorBoard and, with --track, W&B; what was logged from
-    `first_step` on, before the run was resumed, is taken back."""
-    task = args.env_id.split("/")[-1].split(":")[-1]
-    config = json.dumps({"algorithm": algorithm, **asdict(args)}, indent=2)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=args.resume)
-    except OSError as error:
-        raise UsageError(f"--run-name {run_dir.name}: must be a new, writable folder: {error}") from error
-    if args.track:
+    def restore(self, parts: dict, buffer: ReplayBuffer, log_alpha: torch.Tensor, rng: np.random.Generator) -> None:
+        """Takes what a checkpoint is to hold, and puts into it what the last one held, if there is one."""
+        self.parts, self.buffer, self.log_alpha, self.rng = parts, buffer, log_alpha, rng
+        if self.step:
+            with refusing(f"{self.folder / 'checkpoint.pt'}: not of this script and task"):
+                require(0 < self.step <= self.args.total_timesteps, f"it is of step {self.step}")
+                for name, part in parts.items():
+                    part.load_state_dict(copy.deepcopy(self.state[name]))  # so that nothing maps the file
+                for column, saved in zip(buffer.columns, self.state["columns"], strict=True):
+                    column[: len(saved)] = saved.numpy()
+                buffer.added = self.state["added"]
+                log_alpha.copy_(self.state["log_alpha"])
+                rng.bit_generator.state = self.state["rng"]
+                torch.set_rng_state(self.state["torch_rng"])
+        self.state = None
+
+    def __enter__(self):
+        if self.args.track:
+            with refusing("--track: W&B"):
+                self.start_wandb()
+        with refusing(f"--run-name {self.folder.name}: must be a new, writable folder"):
+            self.folder.mkdir(parents=True, exist_ok=self.args.resume)
+            self.csv = (self.folder / "scalars.csv").open("ab", buffering=0)
+        if self.lock is None:
+            self.own()
+        self.csv.truncate(self.csv_size)  # what was logged after the checkpoint is logged again
+        self.pending = b"" if self.csv_size else b"step,tag,value\n"
+        (self.folder / "args.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        self.writer = SummaryWriter(self.folder, purge_step=self.step if self.args.resume else None)
+        self.stopped_by, self.handlers = None, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
+                    self.handlers[number] = signal.signal(number, self.stop)
+        start = f"{self.config['algorithm']} on {self.args.env_id} ({self.device}), from step {self.step}"
+        print(f"{self.folder}: {start}", flush=True)
+        self.next_checkpoint, self.next_flush = self.step + self.args.checkpoint_interval, 0.0
+        self.start, self.first_update, self.returns = time.perf_counter(), None, deque(maxlen=20)
+        return self
+
+    def start_wandb(self) -> None:
+        import wandb
+
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            raise ValueError("no login; run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
+        labels = {
+            "group": self.task,
+            "job_type": self.config["algorithm"],
+            "tags": [self.task, self.config["algorithm"]],
+        }
+        project = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "config": self.config}
+        name = {"id": self.folder.name, "name": self.folder.name, "resume": "allow" if self.args.resume else "never"}
+        wandb.init(**project, **name, **labels, sync_tensorboard=True, save_code=True, reinit="finish_previous")
+
+    def stop(self, number: int, _) -> None:
+        """A signal's handler: the run saves itself at the end of the episode. A second signal has its usual effect."""
+        self.stopped_by = number
+        for each, handler in self.handlers.items():
+            signal.signal(each, handler)
+        if number == getattr(signal, "SIGHUP", None):  # the terminal is gone
+            sys.stdout = sys.stderr = self.bar.fp = open(os.devnull, "w")  # noqa: SIM115
+        print("stopping at the end of this episode; once more to stop now", file=sys.stderr, flush=True)
+
+    def __exit__(self, kind, error, place) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.flush()
+        self.writer.close()
+        self.csv.close()
+        self.lock.close()
+        if isinstance(error, Exception):
+            last = (
+                f"the last checkpoint is of step {self.saved_step}" if self.saved_step else "there is no checkpoint yet"
+            )
+            error.add_note(f"at step {self.step}; {last}")
+
+    def steps(self):
+        """The environment steps that are left, with a bar on a terminal."""
+        total = self.args.total_timesteps
+        self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True, disable=None)
+        for step in range(self.step, total):
+            self.step = step
+            yield step
+            self.bar.update()
+        self.bar.close()
+
+    def log(self, step: int, scalars: dict) -> None:
+        """Logs {tag: value} to TensorBoard (and by it to W&B) and as rows of scalars.csv."""
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, float(value), step)
+            self.pending += f"{step},{tag},{float(value):.9g}\n".encode()
+        if time.monotonic() > self.next_flush:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the rows of scalars.csv; those that a full disk refuses are kept for the next time."""
+        self.next_flush = time.monotonic() + 1
         try:
-            import wandb
+            while self.pending:
+                self.pending = self.pending[self.csv.write(self.pending) :]
+        except OSError as error:
+            print(f"step {self.step}: {self.folder / 'scalars.csv'}: not written: {error}", file=sys.stderr, flush=True)
 
-            if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
-                raise UsageError("no login; run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
-            labels = {"name": run_dir.name, "group": task, "job_type": algorithm, "tags": [task, algorithm]}
-            project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": json.loads(config)}
-            labels |= {"id": run_dir.name, "resume": "allow" if args.resume else "never"}
-            wandb.init(**project, **labels, sync_tensorboard=True, save_code=True, reinit="finish_previous")
-        except Exception as error:
-            if not any(run_dir.iterdir()):
-                run_dir.rmdir()
-            raise UsageError(f"--track: W&B: {error}") from error
-    (run_dir / "args.json").write_text(config + "\n")
-    writer = SummaryWriter(run_dir, purge_step=first_step if args.resume else None)
-    if first_step == 0:
-        writer.add_text("hyperparameters", f"```\n{config}\n```")
-    return writer
+    def log_episode(self, rewards: list[float], start_value: float | None) -> None:
+        """Logs an episode that ended; start_value is the critic's of its first state, if it began after the warm-up."""
+        scalars = {"charts/episodic_return": sum(rewards), "charts/episodic_length": len(rewards)}
+        if start_value is not None:
+            discounted_return = sum(self.args.gamma**t * reward for t, reward in enumerate(rewards))
+            scalars["charts/q_minus_return"] = start_value - discounted_return
+        self.returns.append(sum(rewards))
+        self.log(self.step, scalars)
+
+    def check(self, log: dict) -> None:
+        """Raises FloatingPointError if a loss is not finite."""
+        for tag in ("losses/qf_loss", "losses/actor_loss"):
+            if not math.isfinite(log.get(tag, 0)):
+                raise FloatingPointError(f"{tag} is {float(log[tag])}")
+        if self.first_update is None and "losses/actor_loss" in log:  # all is compiled by then
+            self.first_update = self.step, time.perf_counter()
+
+    def log_update(self, log: dict) -> None:
+        """Logs an update and shows where the run is."""
+        now, (first_step, first_time) = time.perf_counter(), self.first_update
+        log["charts/SPS"] = (self.step - first_step) / max(now - first_time, 1e-6)
+        self.log(self.step, log | {"charts/hours": self.hours + (now - self.start) / 3600})
+        status = f"return {np.mean(self.returns):.2f}" if self.returns else "no episode yet"
+        self.bar.set_postfix_str(status)
+        if self.bar.disable and self.step // self.args.log_interval % 10 == 0:
+            left = (self.args.total_timesteps - self.step) / max(log["charts/SPS"], 1)
+            print(f"step {self.step}: {status}, {log['charts/SPS']:.0f} steps/s, {left:.0f} s left", flush=True)
+
+    def wants_checkpoint(self) -> bool:
+        return self.stopped_by is not None or self.step + 1 >= self.next_checkpoint
+
+    def save(self) -> None:
+        """Writes a checkpoint, or says why not: the one before is still there. If a signal asked the run to stop, this
+        ends it with KeyboardInterrupt. Raises FloatingPointError if a weight is not finite."""
+        self.next_checkpoint = self.step + 1 + self.args.checkpoint_interval
+        self.flush()
+        self.writer.flush()
+        filled = min(self.buffer.added, self.buffer.capacity)
+        state = {
+            "args": self.config,
+            "step": self.step + 1,
+            "hours": self.hours + (time.perf_counter() - self.start) / 3600,
+            "csv_size": self.csv.tell(),
+            "added": self.buffer.added,
+            "columns": [torch.from_numpy(column[:filled]) for column in self.buffer.columns],
+            "log_alpha": self.log_alpha,
+            "rng": self.rng.bit_generator.state,
+            "torch_rng": torch.get_rng_state(),
+            **{name: part.state_dict() for name, part in self.parts.items()},
+        }
+        for name in ("actor", "critics"):
+            if not all(weights.isfinite().all() for weights in state[name].values()):
+                raise FloatingPointError(f"a weight of the {name} is not finite")
+        try:
+            if self.pending:
+                raise OSError("no checkpoint without its rows of scalars.csv")
+            os.fsync(self.csv.fileno())
+            save(state, self.folder / "checkpoint.pt")
+            self.saved_step = self.step + 1
+        except OSError as error:
+            print(f"step {self.step}: {error}", file=sys.stderr, flush=True)
+        if self.stopped_by is not None:
+            last = f"the same command with --resume goes on from step {self.saved_step}"
+            print(f"{self.folder}: stopped; {last}", flush=True)
+            raise KeyboardInterrupt(self.stopped_by)
+
+    def finish(self, **networks: nn.Module) -> None:
+        """Evaluates the policy, and puts the networks in the checkpoint's place."""
+        returns = evaluate(networks["actor"], self.args, self.folder / "videos" / "eval")
+        self.log(self.args.total_timesteps, {"eval/episodic_return": returns.mean()})
+        print(f"{self.folder}: deterministic return {summary(returns)}")
+        self.flush()
+        states = {name: network.state_dict() for name, network in networks.items()}
+        save({"args": self.config, **states}, self.folder / "actor.pt")
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-@torch.inference_mode()
+def read_json(path: Path) -> dict:
+    """What the file holds, or nothing if its writer was killed before it was whole."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def compile_works(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs, a C++ compiler where there is no GPU; says so in a line if not."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except Exception as error:  # torch raises many
+        print(f"not compiled, and slower: {str(error).strip().splitlines()[0]:.150}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def film(env: gym.Env, args: Args, folder: Path, prefix: str = "clip") -> gym.Env:
+    """With --capture-video, the environment with clips of its episodes 0, 1, 8, 27, ... in the folder."""
+    if not args.capture_video:
+        return env
+    return gym.wrappers.RecordVideo(env, str(folder), name_prefix=prefix, video_length=300, gc_trigger=None)
+
+
 def evaluate(actor: nn.Module, args: Args, video: Path, deterministic: bool = True) -> np.ndarray:
-    """Returns of `args.eval_episodes` episodes of the best action, or of sampled ones."""
-    env = make_env(args.env_id, args.capture_video)
-    if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(video), video_length=300, gc_trigger=None)
-    rng = np.random.default_rng([args.seed, 1])  # not the run's own generator: an evaluation changes nothing in a run
-    returns, device = np.zeros(args.eval_episodes), next(actor.parameters()).device
+    """Returns of `args.eval_episodes` episodes of the best action, or of sampled ones. It draws from a generator of its
+    own: an evaluation changes nothing in a run."""
+    env = film(make_env(args, args.capture_video), args, video)
+    rng, returns = np.random.default_rng([args.seed, 1]), np.zeros(args.eval_episodes)
     for episode in range(args.eval_episodes):
         (obs, _), done = env.reset(seed=int(rng.integers(2**31))), False
         while not done:
-            logits = actor(preprocess(torch.as_tensor(obs[None], device=device)))
-            action = (logits.argmax() if deterministic else torch.multinomial(F.softmax(logits, dim=1), 1)).item()
-            obs, reward, terminated, truncated, _ = env.step(action)
+            obs, reward, terminated, truncated, _ = env.step(act(actor, obs, None if deterministic else rng))
             returns[episode] += reward
             done = terminated or truncated
     env.close()
     return returns
 
 
+def summary(returns: np.ndarray) -> str:
+    """Their mean and half the width of its 95% normal interval."""
+    margin = 1.96 * returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.nan
+    return f"{returns.mean():.2f} +- {margin:.2f} over {len(returns)} episodes"
+
+
+def load_actor(state: dict, args: Args, env: gym.Env) -> nn.Module:
+    """The actor that was saved. Raises an error if it is of other spaces, or not finite."""
+    actor, _ = make_networks(args, env)
+    actor.load_state_dict(state["actor"])
+    require(all(weights.isfinite().all() for weights in actor.parameters()), "its weights are not finite")
+    return actor
+
+
 def evaluate_run(args: Args) -> None:
-    """Prints the returns of a saved run's policy, deterministic and stochastic, each with its 95% normal interval."""
-    run_dir = Path(args.evaluate)
-    state = load(run_dir)
-    if state is None:
-        raise UsageError(f"--evaluate {run_dir}: must be the folder of a run that has saved a checkpoint or its actor")
+    """Prints the returns of a saved run's policy, deterministic and stochastic."""
+    folder = Path(args.evaluate)
+    state = load(folder)
+    require(
+        state is not None, f"--evaluate {folder}: must be the folder of a run that has saved a checkpoint or its actor"
+    )
     own = {"seed": args.seed, "eval_episodes": args.eval_episodes, "capture_video": args.capture_video}
     args = replace(args, **{name: value for name, value in state["args"].items() if name in asdict(args)} | own)
-    env = make_env(args.env_id, args.capture_video)
-    check_args(args, env)
-    actor = make_network(env.observation_space.shape, int(env.action_space.n))
-    actor.load_state_dict(state["actor"])
+    check_flags(args)
+    with refusing(f"--evaluate {folder}: its actor is not of this script and task"):
+        actor = load_actor(state, args, make_env(args))
     for name in ("deterministic", "stochastic"):
-        torch.manual_seed(args.seed)
-        video = run_dir / "videos" / f"evaluate-{name}"
-        returns = evaluate(actor, args, video, name == "deterministic")
-        margin = 1.96 * returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.nan
-        print(f"{run_dir}: {name} return {returns.mean():.2f} +- {margin:.2f} over {len(returns)} episodes")
+        returns = evaluate(actor, args, folder / "videos" / f"evaluate-{name}", name == "deterministic")
+        print(f"{folder}: {name} return {summary(returns)}")
 
 
-def train(args: Args) -> Path:
-    """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work, and
-    FloatingPointError if a loss is not finite."""
-    env = make_env(args.env_id, args.capture_video)
-    check_args(args, env)
-    run_dir, state = find_run(args)
-    if state and "step" not in state:
-        print(f"{run_dir}: finished already, after {args.total_timesteps} steps")
-        (run_dir / "checkpoint.pt").unlink(missing_ok=True)  # if it was killed right here, the last time
-        return run_dir
-    rng = np.random.default_rng(args.seed)
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    obs_shape, n = env.observation_space.shape, int(env.action_space.n)
-    algorithm = "SAC"
-
-    actor = make_network(obs_shape, n).to(device)
-    critics = nn.ModuleList([make_network(obs_shape, n), make_network(obs_shape, n)]).to(device)
-    target_critics = copy.deepcopy(critics).requires_grad_(False)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, eps=1e-4, fused=True)
-    q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.q_lr, eps=1e-4, fused=True)
-    log_alpha = torch.zeros((), requires_grad=True, device=device)
-    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, eps=1e-4, fused=True)
-    target_entropy = 0.89 * math.log(n)  # SAC's heuristic, in nats
+def main() -> None:
+    args = tyro.cli(Args)
     try:
-        buffer = ReplayBuffer(args.buffer_size, env.observation_space, env.action_space, device)
-    except (MemoryError, ValueError) as error:
-        raise UsageError(f"--buffer-size {args.buffer_size}: must fit into memory: {error}") from error
-
-    losses = td_target, critic_loss, actor_loss
-    if args.compile:
-        losses = (torch.compile(loss, mode="reduce-overhead") for loss in losses)
-    compute_td_target, compute_critic_loss, compute_actor_loss = losses
-
-    # All that a checkpoint holds besides the counters and the random generators
-    parts = {"actor": actor, "critics": critics, "target_critics": target_critics, "buffer": buffer}
-    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
-    first_step, episode_seed, recent_returns = 0, int(rng.integers(2**31)), deque(maxlen=20)
-    if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name] if part is buffer else copy.deepcopy(state[name]))  # nothing maps the file
-        log_alpha.data.copy_(state["log_alpha"])
-        first_step, episode_seed = state["step"], state["episode_seed"]
-        recent_returns.extend(state["recent_returns"])
-        rng.bit_generator.state = state["rng"]
-        torch.set_rng_state(state["torch_rng"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
-        del state
-    alpha = log_alpha.detach().exp() if args.autotune else torch.tensor(args.alpha, device=device)
-
-    writer = start_logging(args, algorithm, run_dir, first_step)
-    print(f"{run_dir}: {algorithm} on {args.env_id} ({device}), from step {first_step}", flush=True)
-    if args.capture_video:
-        clips = {"name_prefix": f"from-step-{first_step}", "video_length": 300, "gc_trigger": None}
-        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos" / "train"), **clips)
-    obs, _ = env.reset(seed=episode_seed)
-    episode_rewards, start_value = [], None
-    saved_step, next_checkpoint = first_step, first_step + args.checkpoint_interval
-    timed_step, start_time = max(first_step, args.learning_starts), time.time()
-    steps = range(first_step, args.total_timesteps)
-    steps = tqdm(steps, initial=first_step, total=args.total_timesteps, unit="step", dynamic_ncols=True, disable=None)
-    for global_step in steps:
-        # Act: at random during the warm-up, then from the policy
-        if global_step < args.learning_starts:
-            action, start_time = int(rng.integers(n)), time.time()  # the speed is that of the steps after the warm-up
+        if args.evaluate is None:
+            train(args)
         else:
-            with torch.inference_mode():
-                x = preprocess(torch.as_tensor(obs[None], device=device))
-                pi = F.softmax(actor(x), dim=1)  # (1, n)
-                action = (pi / torch.empty_like(pi).exponential_()).argmax().item()  # a draw from pi, as multinomial's
-                if not episode_rewards:
-                    start_value = (pi * torch.minimum(*(q(x) for q in critics))).sum().item()
-
-        # Step and store: next_obs is the episode's own last observation, whatever ended it
-        next_obs, reward, terminated, truncated, _ = env.step(action)
-        buffer.add(obs, action, reward, next_obs, terminated)
-        obs = next_obs
-        episode_rewards.append(float(reward))
-
-        if terminated or truncated:
-            writer.add_scalar("charts/episodic_return", sum(episode_rewards), global_step)
-            writer.add_scalar("charts/episodic_length", len(episode_rewards), global_step)
-            if start_value is not None:
-                discounted_return = sum(args.gamma**t * r for t, r in enumerate(episode_rewards))
-                writer.add_scalar("charts/q_minus_return", start_value - discounted_return, global_step)
-            recent_returns.append(sum(episode_rewards))
-            episode_seed = int(rng.integers(2**31))
-            obs, _ = env.reset(seed=episode_seed)
-            episode_rewards, start_value = [], None
-
-        if global_step > args.learning_starts and global_step % args.update_frequency == 0:
-            batch = buffer.sample(args.batch_size, rng)
-            if args.compile:
-                torch.compiler.cudagraph_mark_step_begin()
-
-            # Critics: regress both on the target
-            with torch.no_grad():
-                y = compute_td_target(batch, actor, target_critics, args.gamma, alpha)
-            qf1_loss, qf2_loss, q1, q2 = compute_critic_loss(batch, critics, y)
-            q_optimizer.zero_grad()
-            (qf1_loss + qf2_loss).backward()
-            q_optimizer.step()
-            check_finite("qf_loss", qf1_loss + qf2_loss, global_step, saved_step)
-
-            # Actor: towards the Boltzmann policy of the critics
-            pi_loss, log_pi = compute_actor_loss(batch, actor, critics, alpha)
-            actor_optimizer.zero_grad()
-            pi_loss.backward()
-            actor_optimizer.step()
-            check_finite("actor_loss", pi_loss, global_step, saved_step)
-
-            # Temperature: hold the entropy at its target
-            pi = log_pi.exp()
-            entropy = -(pi * log_pi).sum(1).mean()
-            if args.autotune:
-                alpha_loss = temperature_loss(log_alpha, entropy, target_entropy)
-                alpha_optimizer.zero_grad()
-                alpha_loss.backward()
-                alpha_optimizer.step()
-                alpha = log_alpha.detach().exp()
-
-            if global_step % args.log_interval < args.update_frequency:
-                sps = (global_step + 1 - timed_step) / (time.time() - start_time)
-                scalars = {"charts/SPS": sps, "losses/qf1_values": q1.mean(), "losses/qf2_values": q2.mean()}
-                scalars |= {"losses/qf1_loss": qf1_loss, "losses/qf2_loss": qf2_loss}
-                scalars |= {"losses/qf_loss": (qf1_loss + qf2_loss) / 2, "losses/actor_loss": pi_loss}
-                scalars |= {"losses/alpha": alpha, "policy/exploit_probability": pi.amax(1).mean()}
-                scalars |= {"policy/entropy": entropy, "policy/kl": math.log(n) - entropy}
-                if args.autotune:
-                    scalars |= {"losses/alpha_loss": alpha_loss, "policy/target_entropy": target_entropy}
-                    scalars |= {"policy/target_kl": math.log(n) - target_entropy}
-                for name, value in scalars.items():
-                    writer.add_scalar(name, value, global_step)
-                status = f"return {np.mean(recent_returns):.2f}" if recent_returns else "no episode yet"
-                steps.set_postfix_str(status)
-                if steps.disable and global_step % (10 * args.log_interval) < args.update_frequency:
-                    left = (args.total_timesteps - global_step) / sps
-                    print(f"step {global_step}: {status}, {sps:.0f} steps/s, {left:.0f} s left", flush=True)
-
-        if global_step > args.learning_starts and global_step % args.target_network_frequency == 0:
-            for parameter, target in zip(critics.parameters(), target_critics.parameters(), strict=True):
-                target.lerp_(parameter.detach(), args.tau)
-
-        # Checkpoint: between two episodes, so that the next one's seed stands for the environment's state
-        if (terminated or truncated) and (stop_signals or global_step + 1 >= next_checkpoint):
-            next_checkpoint = global_step + 1 + args.checkpoint_interval
-            state = {name: part.state_dict() for name, part in parts.items()} | {"log_alpha": log_alpha.detach()}
-            state |= {"rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state()}
-            state |= {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-            state |= {"args": asdict(args), "step": global_step + 1, "episode_seed": episode_seed}
-            state |= {"recent_returns": list(recent_returns)}
-            writer.flush()
-            try:
-                save(state, run_dir / "checkpoint.pt")
-                saved_step = global_step + 1
-            except OSError as error:  # the one before is still there
-                print(f"step {global_step}: {error}", file=sys.stderr, flush=True)
-            if stop_signals:
-                writer.close()
-                print(f"{run_dir}: stopped; the same command with --resume goes on from step {saved_step}", flush=True)
-                sys.exit(128 + stop_signals[0])
-
-    env.close()
-    returns = evaluate(actor, args, run_dir / "videos" / "eval")
-    writer.add_scalar("eval/episodic_return", returns.mean(), args.total_timesteps)
-    print(f"{run_dir}: deterministic return {returns.mean():.2f} +- {returns.std():.2f} over {len(returns)} episodes")
-    writer.close()
-    save({"args": asdict(args), "actor": actor.state_dict(), "critics": critics.state_dict()}, run_dir / "actor.pt")
-    (run_dir / "checkpoint.pt").unlink(missing_ok=True)
-    return run_dir
-
-
-stop_signals = []
-
-
-def stop(number: int, _) -> None:
-    """Handles SIGINT and SIGTERM: the run saves itself at the end of the episode. A second signal ends it at once."""
-    stop_signals.append(number)
-    for either in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(either, signal.SIG_DFL)
-    print("stopping at the end of this episode; once more to stop now", file=sys.stderr, flush=True)
+            evaluate_run(args)
+    except (UsageError, FloatingPointError) as error:
+        words = " ".join([f"{Path(__file__).name}: {error}", *getattr(error, "__notes__", [])])
+        print(" ".join(words.split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt as stopped:
+        sys.exit(128 + (stopped.args[0] if stopped.args else signal.SIGINT))
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    for number in (signal.SIGINT, signal.SIGTERM) if args.evaluate is None else ():
-        signal.signal(number, stop)
-    try:
-        train(args) if args.evaluate is None else evaluate_run(args)
-    except (UsageError, FloatingPointError, OSError) as error:
-        print(" ".join(f"{Path(__file__).name}: {error}".split()), file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+    main()
