@@ -256,9 +256,7 @@ def make_log_q(args: Args, env: gym.Env, device: torch.device):
     if args.reference is None:
         log_vol = log_volume(env.action_space)
         return lambda obs, u: -log_vol
-    path = Path(args.reference, "actor.pt") if Path(args.reference).is_dir() else Path(args.reference)
-    with refusing(f"--reference {args.reference}: must be an earlier run's folder or actor.pt, for the same spaces"):
-        q = load_actor(torch.load(path, weights_only=True), args, env).to(device)
+    q = load_actor("reference", args.reference, args, env).to(device)
     return lambda obs, u: q.log_prob(*q(obs), u)
 
 
@@ -277,9 +275,9 @@ def critic_loss(parameters: dict, batch: Batch, critics: Networks, y: torch.Tens
     return errors.sum(), (errors, q.mean(1))
 
 
-def critic_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, critics: Networks, target_critics, gamma, beta):
-    """The critics' gradients, by parameter, and what is logged. Pure: it changes nothing."""
-    y = td_target(batch, noise, actor, target_critics, gamma, beta)
+def critic_gradients(batch: Batch, critics: Networks, *of_target):
+    """The critics' gradients, by parameter, and what is logged; of_target are td_target's other arguments. Pure."""
+    y = td_target(batch, *of_target)
     differentiate = grad_and_value(critic_loss, has_aux=True)
     gradients, (loss, (errors, q)) = differentiate(dict(critics.named_parameters()), batch, critics, y)
     log = {"losses/qf1_values": q[0], "losses/qf2_values": q[1], "losses/qf_loss": loss / 2}
@@ -288,22 +286,22 @@ def critic_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, critics: N
 
 def actor_loss(parameters: dict, batch: Batch, noise: torch.Tensor, actor: Actor, critics: Networks, log_vq, alpha):
     """alpha KL(pi || q exp(Q / alpha) / Z) up to a constant, E_{a ~ pi}[alpha (log pi - log vq) - min_i Q_i] (Eq. 13),
-    log vol - KL(pi || q), which is H if q is uniform, and H. vq is q relative to the uniform policy."""
+    and log pi and log pi - log vq, (B,) each. vq is q relative to the uniform policy: log vq is 0 if q is that."""
     mean, log_std = functional_call(actor, parameters, (batch.obs,))
     u = mean + log_std.exp() * noise
-    log_pi = actor.log_prob(mean, log_std, u)  # (B,)
-    min_q = critics(batch.obs, actor.squash(u)).amin(0).squeeze(1)
+    log_pi = actor.log_prob(mean, log_std, u)
     log_ratio = log_pi - log_vq(batch.obs, u)
-    return (alpha * log_ratio - min_q).mean(), (-log_ratio.mean(), -log_pi.mean())
+    min_q = critics(batch.obs, actor.squash(u)).amin(0).squeeze(1)
+    return (alpha * log_ratio - min_q).mean(), (log_pi, log_ratio)
 
 
 def actor_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, critics: Networks, log_q, log_vol: float, alpha):
-    """The actor's gradients, by parameter, log vol - KL(pi || q), which is H if q is uniform, and what is logged."""
-    differentiate = grad_and_value(actor_loss, has_aux=True)
+    """The actor's gradients, by parameter, KL(pi || q), and what is logged. Pure."""
     arguments = batch, noise, actor, critics, lambda obs, u: log_q(obs, u) + log_vol, alpha
-    gradients, (loss, (log_vol_minus_kl, entropy)) = differentiate(dict(actor.named_parameters()), *arguments)
-    log = {"losses/actor_loss": loss, "policy/entropy": entropy, "policy/kl": log_vol - log_vol_minus_kl}
-    return gradients, log_vol_minus_kl, log
+    differentiate = grad_and_value(actor_loss, has_aux=True)
+    gradients, (loss, (log_pi, log_ratio)) = differentiate(dict(actor.named_parameters()), *arguments)
+    kl = log_ratio.mean() + log_vol
+    return gradients, kl, {"losses/actor_loss": loss, "policy/kl": kl, "policy/entropy": -log_pi.mean()}
 
 
 def descend(optimizer: torch.optim.Optimizer, network: nn.Module, gradients: dict[str, torch.Tensor]) -> None:
@@ -318,26 +316,21 @@ def train(args: Args) -> Path:
     FloatingPointError if a number is not finite, and KeyboardInterrupt if it was asked to stop, once it is saved."""
     check_flags(args)
     env = make_env(args, args.capture_video)
-    box, d, r, algorithm = env.action_space, env.action_space.shape[0], args.exploit_radius, "KLAC"
-    if not (args.bias and args.anneal):
-        algorithm += "-" + ("" if args.anneal else "a") + ("" if args.bias else "b")
-    if args.target_entropy is None:
-        args = replace(args, target_entropy=-float(d))  # SAC's heuristic, in nats
-    if args.anneal_timesteps is None:
-        args = replace(args, anneal_timesteps=args.total_timesteps)
+    box, d, r = env.action_space, env.action_space.shape[0], args.exploit_radius
+    target_entropy = -float(d) if args.target_entropy is None else args.target_entropy  # SAC's heuristic, in nats
+    args = replace(args, target_entropy=target_entropy, anneal_timesteps=args.anneal_timesteps or args.total_timesteps)
     lowest, highest = entropy_range(box)
     if args.autotune and args.anneal:
         entropies = [exploit_entropy(p, 1.0, d) for p in (args.p_start, args.p_end)]  # r adds d log r
         least, most = math.exp((lowest - min(entropies)) / d), math.exp((highest - max(entropies)) / d)
-        valid = (
-            f"r must be in ({1.01 * least:.3g}, {0.99 * most:.3g})" if 1.02 * least < most else "take p closer together"
-        )
-        flags = f"--exploit-radius {r} --p-start {args.p_start} --p-end {args.p_end}"
-        require(least < r < most, f"{flags}: no policy in the action box meets the target; {valid}")
+        valid = f"in ({1.01 * least:.3g}, {0.99 * most:.3g})" if 1.02 * least < most else "with p closer together"
+        message = f"for policies in the action box to meet p from {args.p_start} to {args.p_end}, it must be {valid}"
+        require(least < r < most, f"--exploit-radius {r}: {message}")
     elif args.autotune:
         valid = f"in ({lowest:.4g}, {highest:.4g}), as those of the policies in the action box are"
-        require(lowest < args.target_entropy < highest, f"--target-entropy {args.target_entropy}: must be {valid}")
-    run = Run(args, algorithm)
+        require(lowest < target_entropy < highest, f"--target-entropy {target_entropy}: must be {valid}")
+    removed = ("" if args.anneal else "a") + ("" if args.bias else "b")
+    run = Run(args, f"KLAC-{removed}" if removed else "KLAC", env)
     if run.finished:
         return run.folder
 
@@ -351,13 +344,12 @@ def train(args: Args) -> Path:
     q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.q_lr, fused=True)
     log_alpha = torch.zeros((), device=device)
     alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
-    check_memory(args, env)
     buffer = ReplayBuffer(args.buffer_size, env, device)
     parts = {"actor": actor, "critics": critics, "target_critics": target_critics}
     parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
     run.restore(parts, buffer, log_alpha, rng)
     alpha = log_alpha.exp() if args.autotune else torch.tensor(args.alpha, device=device)
-    target_entropy, beta = args.target_entropy, args.beta if args.bias else 0.0
+    beta = args.beta if args.bias else 0.0
     compute_critic_gradients, compute_actor_gradients = run.compile(critic_gradients, actor_gradients)
 
     with run:
@@ -388,10 +380,8 @@ def train(args: Args) -> Path:
                 batch = buffer.sample(args.batch_size, rng)
 
                 # Critics: regress both on the target
-                noise = gaussian(rng, batch.actions)
-                gradients, log = compute_critic_gradients(
-                    batch, noise, actor, critics, target_critics, args.gamma, beta
-                )
+                of_target = gaussian(rng, batch.actions), actor, target_critics, args.gamma, beta
+                gradients, log = compute_critic_gradients(batch, critics, *of_target)
                 descend(q_optimizer, critics, gradients)
 
                 if args.anneal:
@@ -403,17 +393,18 @@ def train(args: Args) -> Path:
                     # Actor: towards the Boltzmann policy of the critics
                     noise = gaussian(rng, batch.actions)
                     arguments = batch, noise, actor, critics, log_q, log_vol, alpha
-                    gradients, log_vol_minus_kl, actor_log = compute_actor_gradients(*arguments)
+                    gradients, kl, actor_log = compute_actor_gradients(*arguments)
                     descend(actor_optimizer, actor, gradients)
                     log |= actor_log
 
-                    # Temperature: hold KL(pi || q) at log vol - H*; in log alpha the loss is its own gradient
+                    # Temperature: hold the KL at log vol - H*; alpha (target KL - KL) is its own gradient in log alpha
                     if args.autotune:
-                        log_alpha.grad = alpha * (log_vol_minus_kl - target_entropy)
+                        target_kl = log_vol - target_entropy
+                        log_alpha.grad = alpha * (target_kl - kl)
                         alpha_optimizer.step()
                         alpha = log_alpha.exp()
-                        log |= {"losses/alpha_loss": log_alpha.grad, "policy/target_entropy": target_entropy}
-                        log["policy/target_kl"] = log_vol - target_entropy
+                        log |= {"policy/target_kl": target_kl, "policy/target_entropy": target_entropy}
+                        log["losses/alpha_loss"] = log_alpha.grad
                 log["losses/alpha"] = alpha
                 run.check(log)
                 if "losses/actor_loss" in log and global_step % args.log_interval < args.policy_frequency:
@@ -586,10 +577,10 @@ def make_gym(env_id: str, render: bool) -> gym.Env:
         raise UsageError(f"--env-id {env_id}{' --capture-video' if render else ''}: {reason}") from error
 
 
-def load(folder: Path) -> dict | None:
-    """What was last saved of a run: its actor if it is finished, else its checkpoint; None before the first. A file
-    from a stranger can run no code. Raises UsageError if the file is damaged."""
-    for path in (folder / "actor.pt", folder / "checkpoint.pt"):
+def load(saved: Path) -> dict | None:
+    """What a file holds, or in a run's folder its actor if it is finished, else its checkpoint; None if there is none.
+    A file from a stranger can run no code. Raises UsageError if it is damaged."""
+    for path in [saved] if saved.is_file() else [saved / "actor.pt", saved / "checkpoint.pt"]:
         if path.exists():
             with refusing(f"{path}: damaged; without it the run starts afresh"):
                 with zipfile.ZipFile(path) as archive:
@@ -621,8 +612,9 @@ def save(state: dict, path: Path) -> None:
 class Run:
     """A run's folder: its name, its lock, what was saved there, its log, and the signals that ask the run to stop."""
 
-    def __init__(self, args: Args, algorithm: str):
+    def __init__(self, args: Args, algorithm: str, env: gym.Env):
         """Raises UsageError, with nothing written, if another process has the folder or other flags began the run."""
+        check_memory(args, env)
         self.task = args.env_id.split("/")[-1].split(":")[-1]
         prefix = f"{self.task}__{args.exp_name}__{args.seed}__"
         earlier = sorted(path.name for path in Path("runs").glob("*") if path.name.rpartition("__")[0] + "__" == prefix)
@@ -902,11 +894,13 @@ def summary(returns: np.ndarray) -> str:
     return f"{returns.mean():.2f} +- {margin:.2f} over {len(returns)} episodes"
 
 
-def load_actor(state: dict, args: Args, env: gym.Env) -> nn.Module:
-    """The actor that was saved. Raises an error if it is of other spaces, or not finite."""
-    actor, _ = make_networks(args, env)
-    actor.load_state_dict(state["actor"])
-    require(all(weights.isfinite().all() for weights in actor.parameters()), "its weights are not finite")
+def load_actor(flag: str, saved: str, args: Args, env: gym.Env) -> nn.Module:
+    """The actor of a run's folder or file. Raises UsageError if it is damaged, of other spaces, or not finite."""
+    valid = f"an earlier run's folder or actor.pt, for {env.observation_space} and {env.action_space}, and finite"
+    with refusing(f"--{flag} {saved}: must be {valid}"):
+        actor, _ = make_networks(args, env)
+        actor.load_state_dict(load(Path(saved))["actor"])
+        require(all(weights.isfinite().all() for weights in actor.parameters()), "it is not")
     return actor
 
 
@@ -917,11 +911,11 @@ def evaluate_run(args: Args) -> None:
     require(
         state is not None, f"--evaluate {folder}: must be the folder of a run that has saved a checkpoint or its actor"
     )
-    own = {"seed": args.seed, "eval_episodes": args.eval_episodes, "capture_video": args.capture_video}
+    kept = ("seed", "eval_episodes", "capture_video", "evaluate")
+    own = {name: getattr(args, name) for name in kept}
     args = replace(args, **{name: value for name, value in state["args"].items() if name in asdict(args)} | own)
     check_flags(args)
-    with refusing(f"--evaluate {folder}: its actor is not of this script and task"):
-        actor = load_actor(state, args, make_env(args))
+    actor = load_actor("evaluate", args.evaluate, args, make_env(args))
     for name in ("deterministic", "stochastic"):
         returns = evaluate(actor, args, folder / "videos" / f"evaluate-{name}", name == "deterministic")
         print(f"{folder}: {name} return {summary(returns)}")

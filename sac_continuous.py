@@ -242,9 +242,9 @@ def critic_loss(parameters: dict, batch: Batch, critics: Networks, y: torch.Tens
     return errors.sum(), (errors, q.mean(1))
 
 
-def critic_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, critics: Networks, target_critics, gamma, alpha):
-    """The critics' gradients, by parameter, and what is logged. Pure: it changes nothing."""
-    y = td_target(batch, noise, actor, target_critics, gamma, alpha)
+def critic_gradients(batch: Batch, critics: Networks, *of_target):
+    """The critics' gradients, by parameter, and what is logged; of_target are td_target's other arguments. Pure."""
+    y = td_target(batch, *of_target)
     differentiate = grad_and_value(critic_loss, has_aux=True)
     gradients, (loss, (errors, q)) = differentiate(dict(critics.named_parameters()), batch, critics, y)
     log = {"losses/qf1_values": q[0], "losses/qf2_values": q[1], "losses/qf_loss": loss / 2}
@@ -252,21 +252,21 @@ def critic_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, critics: N
 
 
 def actor_loss(parameters: dict, batch: Batch, noise: torch.Tensor, actor: Actor, critics: Networks, alpha):
-    """E_{a ~ pi}[alpha log pi - min_i Q_i], and the entropy H."""
+    """E_{a ~ pi}[alpha log pi - min_i Q_i], and log pi, (B,)."""
     mean, log_std = functional_call(actor, parameters, (batch.obs,))
     u = mean + log_std.exp() * noise
-    log_pi = actor.log_prob(mean, log_std, u)  # (B,)
+    log_pi = actor.log_prob(mean, log_std, u)
     min_q = critics(batch.obs, actor.squash(u)).amin(0).squeeze(1)
-    return (alpha * log_pi - min_q).mean(), -log_pi.mean()
+    return (alpha * log_pi - min_q).mean(), log_pi
 
 
 def actor_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, critics: Networks, log_vol: float, alpha):
-    """The actor's gradients, by parameter, the entropy H, and what is logged."""
-    differentiate = grad_and_value(actor_loss, has_aux=True)
+    """The actor's gradients, by parameter, its KL from the uniform policy, log vol - H, and what is logged. Pure."""
     arguments = batch, noise, actor, critics, alpha
-    gradients, (loss, entropy) = differentiate(dict(actor.named_parameters()), *arguments)
-    log = {"losses/actor_loss": loss, "policy/entropy": entropy, "policy/kl": log_vol - entropy}
-    return gradients, entropy, log
+    differentiate = grad_and_value(actor_loss, has_aux=True)
+    gradients, (loss, log_pi) = differentiate(dict(actor.named_parameters()), *arguments)
+    kl = log_pi.mean() + log_vol
+    return gradients, kl, {"losses/actor_loss": loss, "policy/kl": kl, "policy/entropy": -log_pi.mean()}
 
 
 def descend(optimizer: torch.optim.Optimizer, network: nn.Module, gradients: dict[str, torch.Tensor]) -> None:
@@ -282,13 +282,13 @@ def train(args: Args) -> Path:
     check_flags(args)
     env = make_env(args, args.capture_video)
     box, d, r = env.action_space, env.action_space.shape[0], args.exploit_radius
-    if args.target_entropy is None:
-        args = replace(args, target_entropy=-float(d))  # SAC's heuristic, in nats
+    target_entropy = -float(d) if args.target_entropy is None else args.target_entropy  # SAC's heuristic, in nats
+    args = replace(args, target_entropy=target_entropy)
     lowest, highest = entropy_range(box)
     if args.autotune:
         valid = f"in ({lowest:.4g}, {highest:.4g}), as those of the policies in the action box are"
-        require(lowest < args.target_entropy < highest, f"--target-entropy {args.target_entropy}: must be {valid}")
-    run = Run(args, "SAC")
+        require(lowest < target_entropy < highest, f"--target-entropy {target_entropy}: must be {valid}")
+    run = Run(args, "SAC", env)
     if run.finished:
         return run.folder
 
@@ -301,13 +301,11 @@ def train(args: Args) -> Path:
     q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.q_lr, fused=True)
     log_alpha = torch.zeros((), device=device)
     alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
-    check_memory(args, env)
     buffer = ReplayBuffer(args.buffer_size, env, device)
     parts = {"actor": actor, "critics": critics, "target_critics": target_critics}
     parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
     run.restore(parts, buffer, log_alpha, rng)
     alpha = log_alpha.exp() if args.autotune else torch.tensor(args.alpha, device=device)
-    target_entropy = args.target_entropy
     compute_critic_gradients, compute_actor_gradients = run.compile(critic_gradients, actor_gradients)
 
     with run:
@@ -338,27 +336,26 @@ def train(args: Args) -> Path:
                 batch = buffer.sample(args.batch_size, rng)
 
                 # Critics: regress both on the target
-                noise = gaussian(rng, batch.actions)
-                gradients, log = compute_critic_gradients(
-                    batch, noise, actor, critics, target_critics, args.gamma, alpha
-                )
+                of_target = gaussian(rng, batch.actions), actor, target_critics, args.gamma, alpha
+                gradients, log = compute_critic_gradients(batch, critics, *of_target)
                 descend(q_optimizer, critics, gradients)
 
                 for _ in range(args.policy_frequency if global_step % args.policy_frequency == 0 else 0):
                     # Actor: towards the Boltzmann policy of the critics
                     noise = gaussian(rng, batch.actions)
                     arguments = batch, noise, actor, critics, log_vol, alpha
-                    gradients, entropy, actor_log = compute_actor_gradients(*arguments)
+                    gradients, kl, actor_log = compute_actor_gradients(*arguments)
                     descend(actor_optimizer, actor, gradients)
                     log |= actor_log
 
-                    # Temperature: hold the entropy at its target; in log alpha the loss is its own gradient
+                    # Temperature: hold the KL at log vol - H*; alpha (target KL - KL) is its own gradient in log alpha
                     if args.autotune:
-                        log_alpha.grad = alpha * (entropy - target_entropy)
+                        target_kl = log_vol - target_entropy
+                        log_alpha.grad = alpha * (target_kl - kl)
                         alpha_optimizer.step()
                         alpha = log_alpha.exp()
-                        log |= {"losses/alpha_loss": log_alpha.grad, "policy/target_entropy": target_entropy}
-                        log["policy/target_kl"] = log_vol - target_entropy
+                        log |= {"policy/target_kl": target_kl, "policy/target_entropy": target_entropy}
+                        log["losses/alpha_loss"] = log_alpha.grad
                 log["losses/alpha"] = alpha
                 run.check(log)
                 if "losses/actor_loss" in log and global_step % args.log_interval < args.policy_frequency:
@@ -531,10 +528,10 @@ def make_gym(env_id: str, render: bool) -> gym.Env:
         raise UsageError(f"--env-id {env_id}{' --capture-video' if render else ''}: {reason}") from error
 
 
-def load(folder: Path) -> dict | None:
-    """What was last saved of a run: its actor if it is finished, else its checkpoint; None before the first. A file
-    from a stranger can run no code. Raises UsageError if the file is damaged."""
-    for path in (folder / "actor.pt", folder / "checkpoint.pt"):
+def load(saved: Path) -> dict | None:
+    """What a file holds, or in a run's folder its actor if it is finished, else its checkpoint; None if there is none.
+    A file from a stranger can run no code. Raises UsageError if it is damaged."""
+    for path in [saved] if saved.is_file() else [saved / "actor.pt", saved / "checkpoint.pt"]:
         if path.exists():
             with refusing(f"{path}: damaged; without it the run starts afresh"):
                 with zipfile.ZipFile(path) as archive:
@@ -566,8 +563,9 @@ def save(state: dict, path: Path) -> None:
 class Run:
     """A run's folder: its name, its lock, what was saved there, its log, and the signals that ask the run to stop."""
 
-    def __init__(self, args: Args, algorithm: str):
+    def __init__(self, args: Args, algorithm: str, env: gym.Env):
         """Raises UsageError, with nothing written, if another process has the folder or other flags began the run."""
+        check_memory(args, env)
         self.task = args.env_id.split("/")[-1].split(":")[-1]
         prefix = f"{self.task}__{args.exp_name}__{args.seed}__"
         earlier = sorted(path.name for path in Path("runs").glob("*") if path.name.rpartition("__")[0] + "__" == prefix)
@@ -847,11 +845,13 @@ def summary(returns: np.ndarray) -> str:
     return f"{returns.mean():.2f} +- {margin:.2f} over {len(returns)} episodes"
 
 
-def load_actor(state: dict, args: Args, env: gym.Env) -> nn.Module:
-    """The actor that was saved. Raises an error if it is of other spaces, or not finite."""
-    actor, _ = make_networks(args, env)
-    actor.load_state_dict(state["actor"])
-    require(all(weights.isfinite().all() for weights in actor.parameters()), "its weights are not finite")
+def load_actor(flag: str, saved: str, args: Args, env: gym.Env) -> nn.Module:
+    """The actor of a run's folder or file. Raises UsageError if it is damaged, of other spaces, or not finite."""
+    valid = f"an earlier run's folder or actor.pt, for {env.observation_space} and {env.action_space}, and finite"
+    with refusing(f"--{flag} {saved}: must be {valid}"):
+        actor, _ = make_networks(args, env)
+        actor.load_state_dict(load(Path(saved))["actor"])
+        require(all(weights.isfinite().all() for weights in actor.parameters()), "it is not")
     return actor
 
 
@@ -862,11 +862,11 @@ def evaluate_run(args: Args) -> None:
     require(
         state is not None, f"--evaluate {folder}: must be the folder of a run that has saved a checkpoint or its actor"
     )
-    own = {"seed": args.seed, "eval_episodes": args.eval_episodes, "capture_video": args.capture_video}
+    kept = ("seed", "eval_episodes", "capture_video", "evaluate")
+    own = {name: getattr(args, name) for name in kept}
     args = replace(args, **{name: value for name, value in state["args"].items() if name in asdict(args)} | own)
     check_flags(args)
-    with refusing(f"--evaluate {folder}: its actor is not of this script and task"):
-        actor = load_actor(state, args, make_env(args))
+    actor = load_actor("evaluate", args.evaluate, args, make_env(args))
     for name in ("deterministic", "stochastic"):
         returns = evaluate(actor, args, folder / "videos" / f"evaluate-{name}", name == "deterministic")
         print(f"{folder}: {name} return {summary(returns)}")

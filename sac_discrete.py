@@ -235,9 +235,9 @@ def critic_loss(parameters: dict, batch: Batch, critics: Networks, y: torch.Tens
     return errors.sum(), (errors, q.mean(1))
 
 
-def critic_gradients(batch: Batch, actor: Networks, critics: Networks, target_critics: Networks, gamma, alpha):
-    """The critics' gradients, by parameter, and what is logged. Pure: it changes nothing."""
-    y = td_target(batch, actor, target_critics, gamma, alpha)
+def critic_gradients(batch: Batch, critics: Networks, *of_target):
+    """The critics' gradients, by parameter, and what is logged; of_target are td_target's other arguments. Pure."""
+    y = td_target(batch, *of_target)
     differentiate = grad_and_value(critic_loss, has_aux=True)
     gradients, (loss, (errors, q)) = differentiate(dict(critics.named_parameters()), batch, critics, y)
     log = {"losses/qf1_values": q[0], "losses/qf2_values": q[1], "losses/qf_loss": loss / 2}
@@ -251,15 +251,15 @@ def actor_loss(parameters: dict, batch: Batch, actor: Networks, min_q: torch.Ten
 
 
 def actor_gradients(batch: Batch, actor: Networks, critics: Networks, alpha: torch.Tensor):
-    """The actor's gradients, by parameter, the entropy H, and what is logged."""
+    """The actor's gradients, by parameter, its KL from the uniform policy, log n - H, and what is logged. Pure."""
     min_q = critics(batch.obs).amin(0)  # (B, n)
+    log_n = math.log(min_q.shape[1])
     differentiate = grad_and_value(actor_loss, has_aux=True)
     gradients, (loss, log_pi) = differentiate(dict(actor.named_parameters()), batch, actor, min_q, alpha)
     pi = log_pi.exp()
-    entropy = -(pi * log_pi).sum(1).mean()
-    log = {"losses/actor_loss": loss, "policy/entropy": entropy}
-    log |= {"policy/kl": math.log(pi.shape[1]) - entropy, "policy/exploit_probability": pi.amax(1).mean()}
-    return gradients, entropy, log
+    kl = (pi * log_pi).sum(1).mean() + log_n
+    log = {"losses/actor_loss": loss, "policy/kl": kl, "policy/entropy": -(pi * log_pi).sum(1).mean()}
+    return gradients, kl, log | {"policy/exploit_probability": pi.amax(1).mean()}
 
 
 def descend(optimizer: torch.optim.Optimizer, network: nn.Module, gradients: dict[str, torch.Tensor]) -> None:
@@ -275,7 +275,7 @@ def train(args: Args) -> Path:
     check_flags(args)
     env = make_env(args, args.capture_video)
     n = int(env.action_space.n)
-    run = Run(args, "SAC")
+    run = Run(args, "SAC", env)
     if run.finished:
         return run.folder
 
@@ -288,13 +288,12 @@ def train(args: Args) -> Path:
     q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.q_lr, eps=1e-4, fused=True)
     log_alpha = torch.zeros((), device=device)
     alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, eps=1e-4, fused=True)
-    check_memory(args, env)
     buffer = ReplayBuffer(args.buffer_size, env, device)
     parts = {"actor": actor, "critics": critics, "target_critics": target_critics}
     parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
     run.restore(parts, buffer, log_alpha, rng)
     alpha = log_alpha.exp() if args.autotune else torch.tensor(args.alpha, device=device)
-    target_entropy = args.target_entropy_scale * math.log(n)
+    target_entropy = args.target_entropy_scale * math.log(n)  # SAC's heuristic, in nats
     compute_critic_gradients, compute_actor_gradients = run.compile(critic_gradients, actor_gradients)
 
     with run:
@@ -324,21 +323,22 @@ def train(args: Args) -> Path:
                 batch = buffer.sample(args.batch_size, rng)
 
                 # Critics: regress both on the target
-                gradients, log = compute_critic_gradients(batch, actor, critics, target_critics, args.gamma, alpha)
+                gradients, log = compute_critic_gradients(batch, critics, actor, target_critics, args.gamma, alpha)
                 descend(q_optimizer, critics, gradients)
 
                 # Actor: towards the Boltzmann policy of the critics
-                gradients, entropy, actor_log = compute_actor_gradients(batch, actor, critics, alpha)
+                gradients, kl, actor_log = compute_actor_gradients(batch, actor, critics, alpha)
                 descend(actor_optimizer, actor, gradients)
                 log |= actor_log
 
-                # Temperature: hold the entropy at its target; in log alpha the loss is its own gradient
+                # Temperature: hold the KL at log n - H*; alpha (target KL - KL) is its own gradient in log alpha
                 if args.autotune:
-                    log_alpha.grad = alpha * (entropy - target_entropy)
+                    target_kl = math.log(n) - target_entropy
+                    log_alpha.grad = alpha * (target_kl - kl)
                     alpha_optimizer.step()
                     alpha = log_alpha.exp()
-                    log |= {"losses/alpha_loss": log_alpha.grad, "policy/target_entropy": target_entropy}
-                    log["policy/target_kl"] = math.log(n) - target_entropy
+                    log |= {"policy/target_kl": target_kl, "policy/target_entropy": target_entropy}
+                    log["losses/alpha_loss"] = log_alpha.grad
                 log["losses/alpha"] = alpha
                 run.check(log)
                 if global_step % args.log_interval < args.update_frequency:
@@ -510,10 +510,10 @@ def make_gym(env_id: str, render: bool) -> gym.Env:
         raise UsageError(f"--env-id {env_id}{' --capture-video' if render else ''}: {reason}") from error
 
 
-def load(folder: Path) -> dict | None:
-    """What was last saved of a run: its actor if it is finished, else its checkpoint; None before the first. A file
-    from a stranger can run no code. Raises UsageError if the file is damaged."""
-    for path in (folder / "actor.pt", folder / "checkpoint.pt"):
+def load(saved: Path) -> dict | None:
+    """What a file holds, or in a run's folder its actor if it is finished, else its checkpoint; None if there is none.
+    A file from a stranger can run no code. Raises UsageError if it is damaged."""
+    for path in [saved] if saved.is_file() else [saved / "actor.pt", saved / "checkpoint.pt"]:
         if path.exists():
             with refusing(f"{path}: damaged; without it the run starts afresh"):
                 with zipfile.ZipFile(path) as archive:
@@ -545,8 +545,9 @@ def save(state: dict, path: Path) -> None:
 class Run:
     """A run's folder: its name, its lock, what was saved there, its log, and the signals that ask the run to stop."""
 
-    def __init__(self, args: Args, algorithm: str):
+    def __init__(self, args: Args, algorithm: str, env: gym.Env):
         """Raises UsageError, with nothing written, if another process has the folder or other flags began the run."""
+        check_memory(args, env)
         self.task = args.env_id.split("/")[-1].split(":")[-1]
         prefix = f"{self.task}__{args.exp_name}__{args.seed}__"
         earlier = sorted(path.name for path in Path("runs").glob("*") if path.name.rpartition("__")[0] + "__" == prefix)
@@ -826,11 +827,13 @@ def summary(returns: np.ndarray) -> str:
     return f"{returns.mean():.2f} +- {margin:.2f} over {len(returns)} episodes"
 
 
-def load_actor(state: dict, args: Args, env: gym.Env) -> nn.Module:
-    """The actor that was saved. Raises an error if it is of other spaces, or not finite."""
-    actor, _ = make_networks(args, env)
-    actor.load_state_dict(state["actor"])
-    require(all(weights.isfinite().all() for weights in actor.parameters()), "its weights are not finite")
+def load_actor(flag: str, saved: str, args: Args, env: gym.Env) -> nn.Module:
+    """The actor of a run's folder or file. Raises UsageError if it is damaged, of other spaces, or not finite."""
+    valid = f"an earlier run's folder or actor.pt, for {env.observation_space} and {env.action_space}, and finite"
+    with refusing(f"--{flag} {saved}: must be {valid}"):
+        actor, _ = make_networks(args, env)
+        actor.load_state_dict(load(Path(saved))["actor"])
+        require(all(weights.isfinite().all() for weights in actor.parameters()), "it is not")
     return actor
 
 
@@ -841,11 +844,11 @@ def evaluate_run(args: Args) -> None:
     require(
         state is not None, f"--evaluate {folder}: must be the folder of a run that has saved a checkpoint or its actor"
     )
-    own = {"seed": args.seed, "eval_episodes": args.eval_episodes, "capture_video": args.capture_video}
+    kept = ("seed", "eval_episodes", "capture_video", "evaluate")
+    own = {name: getattr(args, name) for name in kept}
     args = replace(args, **{name: value for name, value in state["args"].items() if name in asdict(args)} | own)
     check_flags(args)
-    with refusing(f"--evaluate {folder}: its actor is not of this script and task"):
-        actor = load_actor(state, args, make_env(args))
+    actor = load_actor("evaluate", args.evaluate, args, make_env(args))
     for name in ("deterministic", "stochastic"):
         returns = evaluate(actor, args, folder / "videos" / f"evaluate-{name}", name == "deterministic")
         print(f"{folder}: {name} return {summary(returns)}")

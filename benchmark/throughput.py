@@ -1,6 +1,7 @@
 """Environment steps a second of each training script and of its peers, on this machine, and where the time goes.
 
     python -m benchmark.throughput --out results/throughput
+    python -m benchmark.throughput --against 37b34a3        the scripts of that revision in turn with these
 
 Each contestant runs in a process of its own, as a user runs it: default flags, one environment. It pauses after each
 window of steps until its next turn (A B C A B C ...): a machine whose speed drifts does so for all alike, and no two
@@ -9,15 +10,15 @@ each on a core of its own. Figures are medians over windows of steps that learn.
 
 Peers: Stable-Baselines3 and SBX (JAX), where installed (`pip install -e ".[benchmark]"`); for discrete actions,
 where neither has SAC, plain_sac_discrete.py, the loop as one would first write it. The floor is an update's 17 matrix
-products of 256 x 256 x 256 alone, with PyTorch's BLAS and with oneDNN.
+products of 256 x 256 x 256 alone, with PyTorch's BLAS.
 """
 
 import argparse
-import bisect
 import csv
 import importlib
 import importlib.util
 import json
+import linecache
 import os
 import resource
 import signal
@@ -36,22 +37,10 @@ CONTESTANTS = {
     "Seaquest-v1": ("sac_discrete", "klac_discrete", "benchmark.plain_sac_discrete"),
 }
 WARM_UP = 100  # steps at random, and then as many with updates, before the first window
-SECTIONS = {  # what begins a section of a script's loop, and the section's name
-    "# Act:": "acting",
-    "# Step and store": "environment",
-    "if terminated or truncated": "logging",
-    "buffer.sample(": "sampling",
-    "# Critics:": "critics",
-    "# Actor:": "actor",
-    "# Temperature:": "temperature",
-    "args.log_interval": "logging",
-    "% args.target_network_frequency == 0": "target networks",
-}
 
 
-def sampler(source: list[str], split: Counter):
-    """A signal handler that adds the seconds since the last one to the section of `train` they were spent in."""
-    starts = sorted((n, name) for n, line in enumerate(source, 1) for mark, name in SECTIONS.items() if mark in line)
+def sampler(split: Counter):
+    """A signal handler that adds the seconds since the last one to the line of `train` that they were spent in."""
     last = time.perf_counter()
 
     def handle(_, frame):
@@ -59,8 +48,8 @@ def sampler(source: list[str], split: Counter):
         while frame and frame.f_code.co_name != "train":
             frame = frame.f_back
         now = time.perf_counter()
-        place = bisect.bisect_right(starts, (frame.f_lineno or 0, "~")) if frame else 0
-        split[starts[place - 1][1] if place else "other"] += now - last
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() if frame else "elsewhere"
+        split[line] += now - last
         last = now
 
     return handle
@@ -87,7 +76,7 @@ def contest(contestant: str, env_id: str, window: int, full_buffer: bool) -> Non
                 if not turn:
                     os._exit(0)
                 if turn == "split\n":
-                    signal.signal(signal.SIGALRM, sampler(Path(module.__file__).read_text().splitlines(), split))
+                    signal.signal(signal.SIGALRM, sampler(split))
                     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
                 self.start = time.perf_counter()
             self.steps += 1
@@ -118,7 +107,8 @@ class Contestant:
     def __init__(self, name: str, env_id: str, cores: list[int], window: int, full_buffer: bool = False):
         self.name, self.window, self.rates, self.folder = name, window, [], tempfile.TemporaryDirectory()
         command = [sys.executable, "-m", "benchmark.throughput", "--contest", name, env_id, str(window)]
-        threads = {"OMP_NUM_THREADS": str(len(cores)), "PYTHONPATH": str(ROOT)}
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        threads = {"OMP_NUM_THREADS": str(len(cores)), "PYTHONPATH": paths}
         self.process = subprocess.Popen(
             command + ["--full-buffer"] * full_buffer, cwd=self.folder.name, env=os.environ | threads, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -140,24 +130,34 @@ class Contestant:
         self.folder.cleanup()
 
 
-def floor(threads: int) -> dict[str, float]:
-    """Seconds of 17 products of 256 x 256 x 256 in PyTorch's BLAS and in oneDNN: medians of 50."""
+def floor(threads: int) -> float:
+    """Seconds of 17 products of 256 x 256 x 256 in PyTorch's BLAS: the median of 50."""
     import torch
 
     torch.set_num_threads(threads)
-    x, w = torch.randn(256, 256), torch.randn(256, 256)
-    products = {"BLAS": lambda a: torch.nn.functional.linear(a, w)}
-    if torch.backends.mkldnn.is_available():
-        products["oneDNN"] = lambda a: torch.nn.functional.linear(a.to_mkldnn(), w)
-    seconds = {name: [] for name in products}
+    x, w, seconds = torch.randn(256, 256), torch.randn(256, 256), []
     with torch.inference_mode():
         for _ in range(50):
-            for name, product in products.items():
-                start = time.perf_counter()
-                for _ in range(17):
-                    product(x)
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+            start = time.perf_counter()
+            for _ in range(17):
+                torch.nn.functional.linear(x, w)
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def old_scripts(revision: str) -> tempfile.TemporaryDirectory:
+    """A folder with the training scripts of a revision, under names of their own; exits if there is none."""
+    folder = tempfile.TemporaryDirectory()
+    for names in CONTESTANTS.values():
+        for name in names:
+            if name not in PEERS:
+                shown = subprocess.run(
+                    ["git", "show", f"{revision}:{name}.py"], cwd=ROOT, capture_output=True, check=False
+                )
+                if shown.returncode:
+                    sys.exit(f"throughput.py: --against {revision}: {shown.stderr.decode().strip()}")
+                Path(folder.name, f"{name}_{revision}.py").write_bytes(shown.stdout)
+    return folder
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -170,6 +170,8 @@ def write(path: Path, rows: list[dict]) -> None:
 def measure(env_id: str, cores: list[int], processes: int, args: argparse.Namespace) -> list[dict]:
     """One row for each contestant: its rates over the windows, summed over its processes."""
     names = [name for name in CONTESTANTS[env_id] if importlib.util.find_spec(name)]
+    if args.against:
+        names += [f"{name}_{args.against}" for name in names if name not in PEERS]
     places = [cores] if processes == 1 else [[core] for core in cores[:processes]]
     window = args.window if env_id == "HalfCheetah-v5" else 4 * args.window
     teams = [[Contestant(name, env_id, place, window) for place in places] for name in names]
@@ -195,7 +197,7 @@ def measure(env_id: str, cores: list[int], processes: int, args: argparse.Namesp
 
 
 def split(env_id: str, name: str, core: int, args: argparse.Namespace) -> list[dict]:
-    """Milliseconds a step of each section of a script's loop, sampled every millisecond (one thread)."""
+    """Milliseconds a step of each line of a script's `train`, sampled every millisecond (one thread)."""
     window = args.window * (1 if env_id == "HalfCheetah-v5" else 4)
     contestant = Contestant(name, env_id, [core], window)
     for _ in range(2):
@@ -206,8 +208,8 @@ def split(env_id: str, name: str, core: int, args: argparse.Namespace) -> list[d
         {"task": env_id, "contestant": name, "section": s, "ms": 1e3 * t / 2 / window}
         for s, t in answer["split"].items()
     ]
-    for row in sorted(rows, key=lambda row: -row["ms"]):
-        print(f"{env_id:15} {name:30} {row['section']:16} {row['ms']:7.3f} ms a step", flush=True)
+    for row in sorted(rows, key=lambda row: -row["ms"])[:12]:
+        print(f"{env_id:15} {name:16} {row['ms']:7.3f} ms a step: {row['section']}", flush=True)
     return rows
 
 
@@ -233,6 +235,7 @@ def main() -> None:
     )
     parser.add_argument("--tasks", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--only", nargs="+", choices=("rates", "split", "memory"), default=("rates", "split", "memory"))
+    parser.add_argument("--against", metavar="REVISION", help="measure the scripts of this revision, too")
     parser.add_argument("--contest", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--full-buffer", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -241,6 +244,9 @@ def main() -> None:
         return contest(contestant, env_id, int(window), args.full_buffer)
     if args.windows < 1 or args.window < 1:
         parser.error(f"--windows {args.windows} --window {args.window}: must be positive")
+    if args.against:
+        folder = old_scripts(args.against)
+        os.environ["PYTHONPATH"] = folder.name  # of the contestants, too
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
     for peer in PEERS:
         if not importlib.util.find_spec(peer):
@@ -253,10 +259,10 @@ def main() -> None:
             for used, processes in settings:
                 tables["rates"] += measure(env_id, used, processes, args)
         for threads in range(1, min(2, len(cores)) + 1):
-            for name, seconds in floor(threads).items():
-                print(f"floor: 17 products in {name}, {threads} threads: {1 / seconds:.0f} a second")
-                row = {"task": "floor", "contestant": name, "setting": f"1x{threads}", "steps_per_second": 1 / seconds}
-                tables["rates"].append(row)
+            rate = 1 / floor(threads)
+            print(f"floor: 17 products, {threads} threads: {rate:.0f} a second")
+            row = {"task": "floor", "contestant": "BLAS", "setting": f"1x{threads}", "steps_per_second": rate}
+            tables["rates"].append(row)
     own = [(env_id, name) for env_id in args.tasks for name in CONTESTANTS[env_id] if name not in PEERS]
     if "split" in args.only:
         tables["split"] = [row for env_id, name in own for row in split(env_id, name, cores[0], args)]
