@@ -587,8 +587,7 @@ class Run:
             words = f"{self.folder} was started with --{flag.replace('_', '-')} {before}, not {now}"
             require(allowed, f"--resume: {words}")
         self.finished = self.state is not None and "step" not in self.state
-        self.step = self.saved_step = self.state["step"] if self.state and not self.finished else 0
-        self.hours, self.csv_size = (self.state["hours"], self.state["csv_size"]) if self.step else (0.0, 0)
+        self.step, self.saved_step, self.hours, self.csv_size = 0, 0, 0.0, 0
         if self.finished:
             longer = args.total_timesteps > began["total_timesteps"]
             require(
@@ -622,9 +621,11 @@ class Run:
     def restore(self, parts: dict, buffer: ReplayBuffer, log_alpha: torch.Tensor, rng: np.random.Generator) -> None:
         """Takes what a checkpoint is to hold, and puts into it what the last one held, if there is one."""
         self.parts, self.buffer, self.log_alpha, self.rng = parts, buffer, log_alpha, rng
-        if self.step:
+        if self.state:
             with refusing(f"{self.folder / 'checkpoint.pt'}: not of this script and task"):
+                self.step = self.saved_step = self.state["step"]
                 require(0 < self.step <= self.args.total_timesteps, f"it is of step {self.step}")
+                self.hours, self.csv_size = self.state["hours"], self.state["csv_size"]
                 for name, part in parts.items():
                     part.load_state_dict(copy.deepcopy(self.state[name]))  # so that nothing maps the file
                 for column, saved in zip(buffer.columns, self.state["columns"], strict=True):

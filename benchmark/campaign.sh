@@ -7,6 +7,7 @@
 #   --variants "SAC KLAC"  of SAC KLAC KLAC-a KLAC-b KLAC-ab (default: all five)
 #   --envs "Ant-v5"        tasks among those of the suite (default: all)
 #   --steps N              a shorter budget: a prefix of the paper's runs, annealed as if they went on
+#   --compress             with --steps: the schedule ends with the run, the whole algorithm at a smaller budget
 #   --track                send the runs to Weights & Biases
 #   --dry-run              print the number of runs, the steps and the core-hours instead
 #
@@ -19,7 +20,7 @@ fail() { echo "campaign.sh: $1" >&2; exit 2; }
 minatar=(Breakout-v1 Asterix-v1 Seaquest-v1 Freeway-v1 SpaceInvaders-v1)
 mujoco=(Hopper-v5 Walker2d-v5 HalfCheetah-v5 Ant-v5 Humanoid-v5 Swimmer-v5 InvertedPendulum-v5 Reacher-v5)
 all_variants="SAC KLAC KLAC-a KLAC-b KLAC-ab"
-suite=all seeds=$(seq 1 20) variants=$all_variants envs="" steps="" track="" dry_run=""
+suite=all seeds=$(seq 1 20) variants=$all_variants envs="" steps="" compress="" track="" dry_run=""
 while (($#)); do
   case $1 in
     minatar | mujoco | all) suite=$1 ;;
@@ -28,9 +29,10 @@ while (($#)); do
       declare "${1#--}=$2"
       shift
       ;;
+    --compress) compress=1 ;;
     --track) track=" --track" ;;
     --dry-run) dry_run=1 ;;
-    -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit ;;
+    -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit ;;
     *) fail "$1: must be minatar, mujoco, all or an option; see --help" ;;
   esac
   shift
@@ -43,6 +45,7 @@ for env in $envs; do [[ " ${tasks[*]} " == *" $env "* ]] || fail "--envs $env: m
 for variant in $variants; do [[ " $all_variants " == *" $variant "* ]] || fail "--variants $variant: must be among $all_variants"; done
 for seed in $seeds; do [[ $seed =~ ^[0-9]{1,9}$ ]] || fail "--seeds $seed: must be numbers"; done
 [[ -z $steps || $steps =~ ^[1-9][0-9]{0,11}$ ]] || fail "--steps $steps: must be a positive number"
+[[ -z $compress || -n $steps ]] || fail "--compress: needs --steps: the paper's budget is not compressed"
 
 list() {
   for seed in $seeds; do
@@ -52,7 +55,7 @@ list() {
       for variant in $variants; do
         flags=""
         case $variant in KLAC-a) flags=" --no-anneal" ;; KLAC-b) flags=" --no-bias" ;; KLAC-ab) flags=" --no-bias --no-anneal" ;; esac
-        [[ -n $steps && ($variant == KLAC || $variant == KLAC-b) ]] && flags+=" --anneal-timesteps $budget"
+        [[ -n $steps && -z $compress && ($variant == KLAC || $variant == KLAC-b) ]] && flags+=" --anneal-timesteps $budget"
         script=klac_$kind.py
         [[ $variant == SAC ]] && script=sac_$kind.py
         echo "python $script --env-id $env$flags --total-timesteps ${steps:-$budget} --seed $seed$track" \

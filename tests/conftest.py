@@ -1,3 +1,4 @@
+import csv
 import os
 import runpy
 import signal
@@ -8,7 +9,6 @@ os.environ["WANDB_MODE"] = "offline"  # no test may reach out; the login test ov
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tests.envs
 
@@ -41,11 +41,14 @@ def _empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def scalars():
-    """A function that reads a run's folder into {tag: [(step, value), ...]}."""
+    """A function that reads the scalars.csv of a run's folder into {tag: [(step, value), ...]}."""
 
     def read(run_dir):
-        events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-        return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        found = {}
+        with (Path(run_dir) / "scalars.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                found.setdefault(row["tag"], []).append((int(row["step"]), float(row["value"])))
+        return found
 
     return read
 
