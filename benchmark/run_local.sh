@@ -42,6 +42,16 @@ while IFS= read -r line; do
 done < <(grep -v '^ *\(#\|$\)' "$list")
 total=$(grep -vc '^ *\(#\|$\)' "$list") || fail "$list: holds no command"
 echo "${#todo[@]} runs to do, of $total"
+NAMES=$(for line in "${todo[@]}"; do name_of "$line"; done)
+
+# How many runs of the list are finished, and at the pace of those of this call how long the others take
+progress() {
+  local name finished=0 left=""
+  while read -r name; do [[ -e runs/$name/actor.pt ]] && ((++finished)); done <<<"$NAMES"
+  local minutes=$((($(date +%s) - START) * (TODO - finished) / (finished ? finished : 1) / 60))
+  ((finished)) && left=", $((minutes / 60)) h $((minutes % 60)) min left"
+  echo "$((TOTAL - TODO + finished))/$TOTAL finished$left"
+}
 
 # A run of the list: its output to its log; its name to the list of failures unless it was stopped by a signal
 one() {
@@ -54,18 +64,18 @@ one() {
   # a signal ends the first wait and not the run
   while kill -0 $! 2>/dev/null; do code=0; wait $! || code=$?; done
   ((code == 0 || code > 128)) || echo "$name" >>"$FAILED"
-  echo "$(date +%T) $name: $(((code == 0)) && echo finished || echo "exit code $code")"
+  echo "$(date +%T) $name: $(((code == 0)) && echo finished || echo "exit code $code"); $(progress)"
   return $code
 }
-export -f one name_of
-export LOGS=$logs FAILED=$failed OMP_NUM_THREADS=1
+export -f one name_of progress
+export LOGS=$logs FAILED=$failed NAMES TOTAL=$total TODO=${#todo[@]} OMP_NUM_THREADS=1
+START=$(date +%s)
+export START
 stopped=0
 if ((${#todo[@]})); then
-  progress=() # on a terminal a bar with the time left, else a line a run
-  [[ -t 2 ]] && progress=(--bar)
   trap 'stopped=1' INT TERM
   # parallel is in the background for the traps to run; a minute for every run to save itself, then no mercy
-  printf '%s\n' "${todo[@]}" | setsid parallel --jobs "$workers" --joblog "+$list.joblog" "${progress[@]}" --line-buffer \
+  printf '%s\n' "${todo[@]}" | setsid parallel --jobs "$workers" --joblog "+$list.joblog" --line-buffer \
     --termseq TERM,60000,KILL,25 "${extra[@]}" one &
   echo $! >"$list.lock" # parallel leads a session of its own
   while kill -0 $! 2>/dev/null; do

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import klac_discrete as klac
 import sac_discrete
+import tests.envs
 from klac_discrete import Args, Batch
 
 CPU = torch.device("cpu")
@@ -259,12 +261,62 @@ def test_annealed_run_follows_its_schedule_and_fixed_ones_do_not(scalars):
     assert "losses/alpha_loss" not in fixed
 
 
+@pytest.mark.parametrize(("env_id", "p"), [("CartPole-v1", 0.6), ("Walk-v0", 0.5)])
+def test_p_starts_above_chance(scalars, env_id, p):
+    """0.5, but with two actions, where that is chance, 0.6."""
+    run_dir = klac.train(Args(env_id=env_id, total_timesteps=105, **TINY))
+    assert json.loads((run_dir / "args.json").read_text())["p_start"] == p
+    ((step, asked),) = scalars(run_dir)["policy/target_exploit_probability"]
+    assert asked == pytest.approx(p + (0.8 - p) * step / 105)
+
+
+@pytest.mark.parametrize("flag", ["p_start", "p_end"])
+def test_p_must_be_between_chance_and_certainty(flag):
+    for p in (1 / 3, 0.2, 1.0):
+        with pytest.raises(klac.UsageError, match=f"--{flag.replace('_', '-')} {p}: must be in"):
+            klac.train(Args(env_id="Walk-v0", total_timesteps=105, **TINY, **{flag: p}))
+    assert not klac.Path("runs").exists()
+    klac.train(Args(env_id="Walk-v0", total_timesteps=105, **TINY, **{flag: 0.34}))
+
+
+@pytest.mark.parametrize(("module", "flags"), [(klac, {"anneal": False}), (sac_discrete, {})], ids=["klac", "sac"])
+def test_the_heuristic_target_is_the_given_share_of_log_n(scalars, module, flags):
+    flags = {"env_id": "Walk-v0", "total_timesteps": 105, **TINY, **flags}
+    logged = scalars(module.train(module.Args(**flags, target_entropy_scale=0.4)))
+    assert logged["policy/target_entropy"] == [(104, pytest.approx(0.4 * math.log(3)))]
+    for scale in (0.0, 1.0):
+        with pytest.raises(module.UsageError, match="--target-entropy-scale"):
+            module.train(module.Args(**flags, target_entropy_scale=scale))
+
+
 @pytest.mark.parametrize(("env_id", "value"), [("OneStepTermination-v0", 1.0), ("OneStepTruncation-v0", 2.0)])
-def test_a_termination_does_not_bootstrap_and_a_truncation_does(scalars, env_id, value):
-    """Reward 1 and gamma 1/2: a terminated step is worth 1; one cut by the clock goes on for 1 / (1 - gamma) = 2."""
+def test_a_termination_does_not_bootstrap_and_a_truncation_does(scalars, monkeypatch, env_id, value):
+    """Reward 1 and gamma 1/2: a terminated step is worth 1; one cut by the clock goes on for 1 / (1 - gamma) = 2. An
+    episode ends where it began: in a state that no episode begins in, the critics would be anything but 2."""
+    real = tests.envs.OneStep.step
+    monkeypatch.setattr(
+        tests.envs.OneStep, "step", lambda self, action: (np.array([1.0, 0.0]), *real(self, action)[1:])
+    )
     args = Args(env_id=env_id, total_timesteps=3_000, gamma=0.5, bias=False, update_frequency=2, q_lr=1e-3, **TINY)
     values = scalars(klac.train(args))["losses/qf1_values"]
     assert np.mean([v for _, v in values[-100:]]) == pytest.approx(value, abs=0.1)
+
+
+def test_a_truncated_episode_goes_on_from_its_own_last_observation(scalars):
+    args = Args(env_id="OneStepTruncation-v0", total_timesteps=3_000, gamma=0.5, bias=False, q_lr=1e-3, **TINY)
+    args.update_frequency = 2
+    run_dir = klac.train(args)
+    saved = torch.load(run_dir / "actor.pt", weights_only=True)
+    actor, critics = klac.Networks(1, (2,), 3), klac.Networks(2, (2,), 3)
+    actor.load_state_dict(saved["actor"])
+    critics.load_state_dict(saved["critics"])
+    first, last = (
+        sum(p * q for p, q in zip(*values_by_hand(actor, critics, torch.tensor([obs])), strict=True))
+        for obs in ([1.0, 0.0], [1.0, 0.5])
+    )
+    assert abs(last - first) > 0.3  # so that the two can be told apart
+    value = np.mean([v for _, v in scalars(run_dir)["losses/qf1_values"][-20:]])
+    assert value == pytest.approx(1 + 0.5 * last, abs=0.02)
 
 
 def test_beta_is_in_the_values_and_not_in_the_returns(scalars):
@@ -457,16 +509,17 @@ def test_images_become_float_patches_and_bytes_are_scaled():
 def test_networks_are_the_paper_s():
     for k in (1, 2):
         networks = klac.Networks(k, (10, 10, 4), 6)
-        fan_in = {"w1": 3 * 3 * 4, "w2": 16 * 8 * 8, "w3": 128}
         assert networks.w1.shape == (3 * 3 * 4, k * 16)
         assert networks.w2.shape == (k, 16 * 8 * 8, 128)
         assert networks.w3.shape == (k, 128, 6)
         assert all((p == 0).all() for name, p in networks.named_parameters() if name.startswith("b"))
-        for name, inputs in fan_in.items():  # Kaiming: standard deviation sqrt(2 / fan_in)
-            weights = getattr(networks, name)
-            deviations = 5 / math.sqrt(2 * weights.numel())  # of the estimate, relative
-            assert weights.std().item() == pytest.approx(math.sqrt(2 / inputs), rel=deviations), name
-            assert scipy.stats.kstest(weights.flatten() / weights.std(), "norm").pvalue > 1e-4, name
+    torch.manual_seed(0)
+    many = klac.Networks(50, (10, 10, 4), 6)
+    for weights, inputs in ((many.w1, 3 * 3 * 4), (many.w2, 16 * 8 * 8), (many.w3, 128)):
+        # Kaiming: normal, with standard deviation sqrt(2 / fan_in)
+        some = weights.flatten()[::7][:30_000] / math.sqrt(2 / inputs)
+        assert some.std().item() == pytest.approx(1, rel=0.025)
+        assert scipy.stats.kstest(some.numpy(), "norm").pvalue > 1e-3
 
 
 def random_networks(k, obs_shape, n, seed):
