@@ -115,7 +115,7 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     """One plain environment. Raises UsageError if it cannot be used."""
     env = make_gym(args.env_id, render)
     space, box = env.observation_space, env.action_space
-    valid = "a bounded float Box of one dimension (the scripts *_discrete.py are for discrete ones)"
+    valid = "a bounded float Box of one dimension (klac_discrete.py and sac_discrete.py are for others)"
     bounded = isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.shape[0] > 0 and box.dtype.kind == "f"
     if bounded:  # bounds whose distance overflows are none
         half_width = box.high / 2 - box.low / 2
@@ -312,8 +312,8 @@ def descend(optimizer: torch.optim.Optimizer, network: nn.Module, gradients: dic
 
 
 def train(args: Args) -> Path:
-    """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work,
-    FloatingPointError if a number is not finite, and KeyboardInterrupt if it was asked to stop, once it is saved."""
+    """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work, and
+    FloatingPointError if a number is not finite; asked to stop, it saves itself and raises KeyboardInterrupt."""
     check_flags(args)
     env = make_env(args, args.capture_video)
     box, d, r = env.action_space, env.action_space.shape[0], args.exploit_radius
@@ -323,12 +323,11 @@ def train(args: Args) -> Path:
     if args.autotune and args.anneal:
         entropies = [exploit_entropy(p, 1.0, d) for p in (args.p_start, args.p_end)]  # r adds d log r
         least, most = math.exp((lowest - min(entropies)) / d), math.exp((highest - max(entropies)) / d)
-        valid = f"in ({1.01 * least:.3g}, {0.99 * most:.3g})" if 1.02 * least < most else "with p closer together"
-        message = f"for policies in the action box to meet p from {args.p_start} to {args.p_end}, it must be {valid}"
-        require(least < r < most, f"--exploit-radius {r}: {message}")
+        check_range(
+            args, "exploit_radius", least, most, " for the box and p (if that is empty, take p closer together)"
+        )
     elif args.autotune:
-        valid = f"in ({lowest:.4g}, {highest:.4g}), as those of the policies in the action box are"
-        require(lowest < target_entropy < highest, f"--target-entropy {target_entropy}: must be {valid}")
+        check_range(args, "target_entropy", lowest, highest, ", the entropies that policies in the action box reach")
     removed = ("" if args.anneal else "a") + ("" if args.bias else "b")
     run = Run(args, f"KLAC-{removed}" if removed else "KLAC", env)
     if run.finished:
@@ -497,6 +496,13 @@ def check_flags(args: Args) -> None:
         require(valid, f"--{name.replace('_', '-')} {getattr(args, name)}: must be {expected}")
 
 
+def check_range(args: Args, name: str, low: float, high: float, why: str = "") -> None:
+    """Raises UsageError unless the flag's value is between the two."""
+    value = getattr(args, name)
+    message = f"--{name.replace('_', '-')} {value}: must be in ({low:.4g}, {high:.4g}){why}"
+    require(low < value < high, message)
+
+
 def stored_dtype(space: gym.Space) -> np.dtype:
     """What the buffer keeps of a space: its own dtype, but float32 for float64 and int64 for discrete actions."""
     if isinstance(space, gym.spaces.Discrete):
@@ -627,12 +633,12 @@ class Run:
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         compiled = args.compile and began.get("compile", True) and compile_works(self.device)
         self.args = replace(args, compile=compiled)
-        self.config = {"algorithm": algorithm, **asdict(self.args)}
+        self.config = {**asdict(self.args), "algorithm": algorithm}
         free = {"run_name", "resume", "checkpoint_interval", "eval_episodes", "capture_video", "track", "evaluate"}
         free |= {"wandb_project_name", "wandb_entity"}
-        for flag in self.config.keys() - free if began else ():
-            before, now = began.get(flag), self.config[flag]
-            allowed = now == before or (flag == "total_timesteps" and now > before)
+        for flag, now in self.config.items() if began else ():
+            before = began.get(flag)
+            allowed = now == before or flag in free or (flag == "total_timesteps" and now > before)
             words = f"{self.folder} was started with --{flag.replace('_', '-')} {before}, not {now}"
             require(allowed, f"--resume: {words}")
         self.finished = self.state is not None and "step" not in self.state

@@ -125,7 +125,7 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     if env_id.startswith("MinAtar/"):
         env = MinAtarFixes(env)
     space, actions = env.observation_space, env.action_space
-    valid = "Discrete(n) with n >= 2 (the scripts *_continuous.py are for continuous ones)"
+    valid = "Discrete(n) with n >= 2 (klac_continuous.py and sac_continuous.py are for others)"
     discrete = isinstance(actions, gym.spaces.Discrete) and actions.n >= 2
     require(discrete, f"--env-id {args.env_id}: actions must be {valid}, not {actions}")
     shape = space.shape if isinstance(space, gym.spaces.Box) else ()
@@ -153,16 +153,15 @@ def parameter(std: float, *shape: int) -> nn.Parameter:
 
 
 class Networks(nn.Module):
-    """A stack of k networks, (B, positions, inputs) to (k, B, n): 16 units (a flat observation's 128) at each position,
-    which on patches are a 3 x 3 convolution, a layer of 128, and a head, with Kaiming's initialisation. The actor is a
-    stack of one, with logits; the twin critics are two."""
+    """A stack of k networks, (B, positions, inputs) to (k, B, n): 16 units (flat: 128) a position, on patches a 3 x 3
+    convolution, then 128, then a head. The actor is a stack of one, with logits; the twin critics are two."""
 
     def __init__(self, k: int, obs_shape: tuple[int, ...], n: int):
         super().__init__()
         _, positions, inputs = preprocess(torch.zeros(1, *obs_shape)).shape
         units = 16 if len(obs_shape) == 3 else 128
         self.k = k
-        self.w1 = parameter(math.sqrt(2 / inputs), inputs, k * units)  # the k side by side, as they read the same input
+        self.w1 = parameter(math.sqrt(2 / inputs), inputs, k * units)  # side by side: the k read the same input
         self.w2 = parameter(math.sqrt(2 / (positions * units)), k, positions * units, 128)
         self.w3 = parameter(math.sqrt(2 / 128), k, 128, n)
         self.b1, self.b2, self.b3 = parameter(0, k * units), parameter(0, k, 1, 128), parameter(0, k, 1, n)
@@ -270,8 +269,8 @@ def descend(optimizer: torch.optim.Optimizer, network: nn.Module, gradients: dic
 
 
 def train(args: Args) -> Path:
-    """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work,
-    FloatingPointError if a number is not finite, and KeyboardInterrupt if it was asked to stop, once it is saved."""
+    """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work, and
+    FloatingPointError if a number is not finite; asked to stop, it saves itself and raises KeyboardInterrupt."""
     check_flags(args)
     env = make_env(args, args.capture_video)
     n = int(env.action_space.n)
@@ -430,6 +429,13 @@ def check_flags(args: Args) -> None:
         require(valid, f"--{name.replace('_', '-')} {getattr(args, name)}: must be {expected}")
 
 
+def check_range(args: Args, name: str, low: float, high: float, why: str = "") -> None:
+    """Raises UsageError unless the flag's value is between the two."""
+    value = getattr(args, name)
+    message = f"--{name.replace('_', '-')} {value}: must be in ({low:.4g}, {high:.4g}){why}"
+    require(low < value < high, message)
+
+
 def stored_dtype(space: gym.Space) -> np.dtype:
     """What the buffer keeps of a space: its own dtype, but float32 for float64 and int64 for discrete actions."""
     if isinstance(space, gym.spaces.Discrete):
@@ -560,12 +566,12 @@ class Run:
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         compiled = args.compile and began.get("compile", True) and compile_works(self.device)
         self.args = replace(args, compile=compiled)
-        self.config = {"algorithm": algorithm, **asdict(self.args)}
+        self.config = {**asdict(self.args), "algorithm": algorithm}
         free = {"run_name", "resume", "checkpoint_interval", "eval_episodes", "capture_video", "track", "evaluate"}
         free |= {"wandb_project_name", "wandb_entity"}
-        for flag in self.config.keys() - free if began else ():
-            before, now = began.get(flag), self.config[flag]
-            allowed = now == before or (flag == "total_timesteps" and now > before)
+        for flag, now in self.config.items() if began else ():
+            before = began.get(flag)
+            allowed = now == before or flag in free or (flag == "total_timesteps" and now > before)
             words = f"{self.folder} was started with --{flag.replace('_', '-')} {before}, not {now}"
             require(allowed, f"--resume: {words}")
         self.finished = self.state is not None and "step" not in self.state

@@ -463,12 +463,14 @@ def test_too_narrow_and_too_wide_boxes_are_refused_with_the_flag_that_helps():
             message = accepted(klac, env_id=env_id, exploit_radius=0.9 if env_id != wide else 0.25)
             assert message.startswith("--exploit-radius "), env_id
             low, high = (float(end) for end in message.split("must be in (")[1].split(")")[0].split(", "))
-            for r in (low, (low + high) / 2, high):
+            for r in (1.001 * low, (low + high) / 2, 0.999 * high):
                 assert accepted(klac, env_id=env_id, exploit_radius=r) is None
-            for r in (0.98 * low, 1.02 * high):
+            for r in (0.999 * low, 1.001 * high):
                 assert accepted(klac, env_id=env_id, exploit_radius=r) is not None
         message = accepted(klac, env_id="Swimmer-v5", p_start=0.001, p_end=0.999999)
-        assert message.endswith("it must be with p closer together")
+        assert message.endswith("(if that is empty, take p closer together)")
+        low, high = (float(end) for end in message.split("must be in (")[1].split(")")[0].split(", "))
+        assert low > high
         assert accepted(klac, env_id="Swimmer-v5", exploit_radius=0.9, autotune=False) is None
     finally:
         for env_id in (tiny, wide):

@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -29,6 +28,8 @@ ROOT = Path(__file__).parent.parent
 TINY = {"learning_starts": 100, "log_interval": 20, "eval_episodes": 2, "batch_size": 16, "buffer_size": 700}
 TINY |= {"total_timesteps": 800, "checkpoint_interval": 40, "target_network_frequency": 50}
 FLAGS = [part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+FLAGS += ["--no-compile"]
+TINY |= {"compile": False}
 
 
 def in_a_child(function, kill_when=lambda: False):
@@ -60,7 +61,7 @@ def same_run(scalars, one, other):
     assert all(torch.equal(actors[0][name], actors[1][name]) for name in actors[0])
     logged = [scalars(run_dir) for run_dir in (one, other)]
     assert logged[0].keys() == logged[1].keys()
-    for tag in logged[0].keys() - {"charts/SPS"}:
+    for tag in logged[0].keys() - {"charts/SPS", "charts/hours"}:
         np.testing.assert_array_equal(logged[0][tag], logged[1][tag], tag)
     assert [step for step, _ in logged[0]["charts/SPS"]] == [step for step, _ in logged[1]["charts/SPS"]]
 
@@ -116,7 +117,8 @@ def test_a_run_killed_while_it_writes_a_checkpoint_keeps_the_one_before(scalars,
 
     for number, step in ((1, None), (3, 80), (2, 120)):
         assert in_a_child(lambda n=number: train_and_die_in_save(n)) == -signal.SIGKILL
-        assert Path("runs/killed/partial").read_bytes() == b"half of a checkpoint"
+        (partial,) = Path("runs/killed").glob("partial-*")
+        assert partial.read_bytes() == b"half of a checkpoint"
         state = sac_discrete.load(Path("runs/killed"))
         assert (state is None) if step is None else state["step"] >= step
     assert in_a_child(lambda: sac_discrete.train(args)) == 0
@@ -135,7 +137,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(scalars):
 
     assert in_a_child(train_on_a_full_disk) == 0
     assert errors.read_text().count("runs/full/checkpoint.pt: not written") in range(10, 20)
-    assert not {"partial", "checkpoint.pt"} & {path.name for path in Path("runs/full").iterdir()}
+    assert "File too large" in errors.read_text()  # the system's words, and not torch's
+    assert not {"partial", "checkpoint.pt"} & {path.name.split("-")[0] for path in Path("runs/full").iterdir()}
     same_run(scalars, whole, Path("runs/full"))
 
 
@@ -167,7 +170,7 @@ def test_a_stopped_script_saves_itself_and_says_how_to_go_on(scalars):
 
 
 def test_a_second_ctrl_c_stops_at_once():
-    flags = ["--env-id", "tests.envs:Endless-v0", "--run-name", "endless"]
+    flags = ["--env-id", "tests.envs:Endless-v0", "--run-name", "endless", "--no-compile"]
     setting = {"env": os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, "text": True}
     command = [sys.executable, str(ROOT / "sac_discrete.py"), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **setting)
@@ -178,7 +181,7 @@ def test_a_second_ctrl_c_stops_at_once():
     assert process.poll() is None  # the episode has no end
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
-    assert process.returncode == -signal.SIGINT  # a shell calls that 130
+    assert process.returncode == 130
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -186,12 +189,12 @@ def test_an_episode_of_a_task_without_a_limit_is_truncated_so_that_the_run_is_sa
     module = importlib.import_module(name)
     env_id = "Unlimited-v0" if "discrete" in name else "ContinuousUnlimited-v0"
     args = module.Args(env_id=env_id, total_timesteps=20_100, learning_starts=20_050, eval_episodes=1)
-    args.checkpoint_interval, args.buffer_size, saved, real = 5_000, 20_100, [], module.save
+    args.checkpoint_interval, args.buffer_size, args.compile, saved, real = 5_000, 20_100, False, [], module.save
     monkeypatch.setattr(module, "save", lambda state, path: saved.append(state) or real(state, path))
     logged = scalars(module.train(args))
     assert logged["charts/episodic_length"] == [(9_999, 10_000), (19_999, 10_000)]
     assert [state["step"] for state in saved[:-1]] == [10_000, 20_000]
-    terminations = saved[1]["buffer"]["columns"][-1]
+    terminations = saved[1]["columns"][-1]
     assert not terminations.any()  # a truncation: the target bootstraps
     assert logged["eval/episodic_return"] == [(20_100, 10_000)]
 
@@ -252,14 +255,14 @@ def test_flags_are_compared_before_the_first_checkpoint_too(run_script):
     args = sac_discrete.Args(env_id="Walk-v0", resume=True, run_name="begun", **TINY | {"checkpoint_interval": 10**6})
     code = in_a_child(lambda: sac_discrete.train(args), lambda: any(Path().glob("runs/begun/*tfevents*")))
     assert code == -signal.SIGKILL
-    before = {file: file.read_bytes() for file in Path("runs/begun").iterdir()}
+    before = {file: file.read_bytes() for file in Path("runs/begun").iterdir() if file.name != "lock"}
     flags = ["--run-name", "begun", "--resume", *FLAGS, "--checkpoint-interval", "1000000"]
     for change, word in ((["--env-id", "Walk-v0", "--gamma", "0.9"], "--gamma 0.99, not 0.9"),
                          (["--env-id", "Catch-v0"], "--env-id Walk-v0, not Catch-v0")):  # fmt: skip
         code, _, err = run_script("sac_discrete", *flags, *change)
         assert (code, err.count("\n")) == (2, 1)
         assert word in err
-    assert {file: file.read_bytes() for file in Path("runs/begun").iterdir()} == before
+    assert {file: file.read_bytes() for file in Path("runs/begun").iterdir() if file.name != "lock"} == before
     Path("runs/begun/args.json").write_text("{")  # killed while it wrote this
     assert run_script("sac_discrete", *flags, "--env-id", "Walk-v0")[0] == 0
 
@@ -303,11 +306,13 @@ def test_changed_flags_are_refused_by_name(run_script):
 
 
 def test_the_first_step_after_a_resume_has_a_speed(scalars):
-    """It is over the steps since the resume, of which there is one by then."""
+    """It is over the steps since the first update after the resume, which would compile."""
     args = unfinished(sac_discrete, update_frequency=1, log_interval=1)
     step = sac_discrete.load(Path("runs/unfinished"))["step"]
     time.sleep(1)
-    assert dict(scalars(sac_discrete.train(args))["charts/SPS"])[step] > 0
+    speeds = dict(scalars(sac_discrete.train(args))["charts/SPS"])
+    assert speeds[step] == 0
+    assert speeds[step + 1] > 10
 
 
 @pytest.mark.parametrize(("module", "flags"), [(sac_discrete, {}), (klac_discrete, {"anneal_timesteps": 700})])
@@ -377,24 +382,12 @@ def test_a_resumed_run_is_one_run_in_wandb():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run_script):
-    class Broken(gym.Wrapper):
-        steps = 0
-
-        def step(self, action):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            self.steps += 1
-            return obs, float("nan") if self.steps > 300 else reward, terminated, truncated, info
-
-    gym.register("Broken-v0", lambda: Broken(gym.make("Walk-v0")))
-    try:
-        code, _, err = run_script("sac_discrete", "--env-id", "Broken-v0", "--run-name", "broken", *FLAGS)
-    finally:
-        del gym.registry["Broken-v0"]
+    flags = ["--env-id", "Walk-v0", "--run-name", "broken", *FLAGS, "--q-lr", "1e25"]
+    code, _, err = run_script("sac_discrete", *flags)
     assert (code, err.count("\n")) == (1, 1)
     step = torch.load("runs/broken/checkpoint.pt", weights_only=True)["step"]
-    assert 200 < step <= 400
-    assert err.startswith("sac_discrete.py: qf_loss is nan at step 3")
-    assert err.endswith(f"the last checkpoint is of step {step}\n")
+    assert err.startswith("sac_discrete.py: losses/")
+    assert f" at step {int(err.split('at step ')[1].split(';')[0])}; the last checkpoint is of step {step}\n" in err
     assert not Path("runs/broken/actor.pt").exists()
 
 
@@ -424,7 +417,8 @@ def test_a_saved_run_is_evaluated_from_its_folder_alone(run_script, capsys, name
 def test_the_interval_of_an_evaluation_is_the_normal_one(run_script, monkeypatch):
     monkeypatch.setattr(klac_discrete, "evaluate", lambda *a: np.array([1.0, 2.0, 6.0]))
     Path("runs/it").mkdir(parents=True)
-    actor = klac_discrete.make_network((3,), 3).state_dict()
+    args = klac_discrete.Args(env_id="Walk-v0")
+    actor = klac_discrete.make_networks(args, klac_discrete.make_env(args))[0].state_dict()
     klac_discrete.save({"args": {"env_id": "Walk-v0"}, "actor": actor}, Path("runs/it/actor.pt"))
     printed = []
     monkeypatch.setattr("builtins.print", lambda *a, **k: printed.append(a[0]))
