@@ -481,7 +481,8 @@ class Checked(gym.Wrapper):
         self.space, self.dtype, self.name = env.observation_space, stored_dtype(env.observation_space), args.env_id
         env.action_space.seed(0)
         first, _ = self.reset(seed=0)
-        second = self.convert(env.step(env.action_space.sample())[0])
+        action = env.action_space.sample()
+        second, *_ = self.step(action if isinstance(action, np.ndarray) else int(action - env.action_space.start))
         for obs in (first, second):
             slack = 1e-3 * (1 + np.abs(obs))
             inside = ((self.space.low - slack <= obs) & (obs <= self.space.high + slack)).all()

@@ -79,8 +79,8 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
     curves = pd.DataFrame({name: values.groupby(values.index // bin_steps).mean() for name, values in series.items()})
     curves = curves.assign(step=(curves.index + 1) * bin_steps, **labels)[[*labels, "step", *series]]
 
-    returns, (_, evaluation, _) = series["return"], scalars["eval/episodic_return"]
-    times = scalars[QUANTITIES["return"]][2][: len(returns)]
+    returns, (_, evaluation) = series["return"], scalars["eval/episodic_return"]
+    hours = scalars["charts/hours"][1][: len(series["alpha"])]
     summary = labels | {
         "steps": total,
         "random": returns[returns.index < warm_up].mean(),
@@ -90,7 +90,7 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
         "Q": series["q"].iloc[-10:].mean(),
         "Q - return": series["q_minus_return"][lambda s: s.index >= 0.9 * total].mean(),
         "alpha": series["alpha"].iloc[-1],
-        "hours": (times[-1] - times[0]) / 3600,
+        "hours": hours[-1],
     }
     for name in ("entropy", *OPTIONAL):  # over the last 10% too
         summary[name] = series[name][lambda s: s.index >= 0.9 * total].mean() if name in series else math.nan

@@ -24,7 +24,7 @@ import torch
 import tyro
 
 POINTS = 401
-CURVES = {"critics": ("Q", "#D55E00", "--"), "plain_critics": ("plain Q", "#0072B2", "-")}
+CURVES = {"critics": ("Q", "#D55E00", "--"), "plain_critics": ("plain Q", "#0072B2", "-")}  # a pair of the stack each
 
 
 @dataclass
@@ -41,17 +41,17 @@ class Args:
     """the most action dimensions drawn"""
 
 
-def forward(state: dict[str, np.ndarray], prefix: str, x: np.ndarray) -> np.ndarray:
-    """The scripts' network of three linear layers and ReLU: (B, inputs) to (B, outputs)."""
-    for layer in (0, 2, 4):
-        x = x @ state[f"{prefix}.{layer}.weight"].T + state[f"{prefix}.{layer}.bias"]
-        x = np.maximum(x, 0) if layer < 4 else x
+def forward(state: dict[str, np.ndarray], k: int, x: np.ndarray) -> np.ndarray:
+    """The k-th network of a stack of three linear layers and ReLU: (B, inputs) to (B, outputs)."""
+    for layer in (1, 2, 3):
+        x = x @ state[f"w{layer}"][k] + state[f"b{layer}"][k]
+        x = np.maximum(x, 0) if layer < 3 else x
     return x
 
 
 def policy(state: dict, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of the Gaussian before tanh, (d,) each, at an observation (obs_dim,)."""
-    mean, x = np.split(forward(state, "network", obs[None])[0], 2)
+    mean, x = np.split(forward(state, 0, obs[None])[0], 2)
     return mean, np.exp(-5 + 3.5 * (np.tanh(x) + 1))
 
 
@@ -69,9 +69,9 @@ def slices(saved: dict, env: gym.Env, obs: np.ndarray, dimensions: int) -> pd.Da
         table = pd.DataFrame({"dimension": dimension, "action": actions[:, dimension]})
         table["density"] = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi) / slope
         x = np.concatenate([np.tile(obs, (POINTS, 1)), actions], axis=1)
-        for name in CURVES:
-            if name in saved:
-                table[name] = np.minimum(*(forward(saved[name], f"{twin}", x)[:, 0] for twin in (0, 1)))
+        pairs = len(saved["critics"]["w1"]) // 2
+        for pair, name in enumerate(list(CURVES)[:pairs]):
+            table[name] = np.minimum(*(forward(saved["critics"], 2 * pair + twin, x)[:, 0] for twin in (0, 1)))
         tables.append(table)
     return pd.concat(tables)
 
@@ -90,7 +90,7 @@ def main(args: Args) -> None:
     if "critics" not in saved:
         raise ValueError(f"{path}: holds no critics: it was written before they were saved")
     saved = {part: {k: x.double().numpy() for k, x in state.items()} for part, state in saved.items()}
-    if "network.0.weight" not in saved["actor"]:
+    if saved["actor"]["w1"].ndim != 3:
         raise ValueError(f"{args.run}: must be a run with continuous actions")
     try:
         env = gym.make(env_id)

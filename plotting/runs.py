@@ -1,20 +1,16 @@
-"""Reads runs, from their folders or from W&B, into two tidy tables: a row a run, and a row a point of its curves.
+"""Reads runs, from their folders or from W&B, into two tidy tables: a row a run, and a row a point of its curves."""
 
-TensorBoard's own reader took ten times as long on a run of 73,000 events, and a 3M-step run has more: this one finds
-the records of a file first and then decodes all records of one layout at once. Its tests compare it with TensorBoard's.
-"""
-
+import csv
 import hashlib
+import io
 import json
 import math
 import multiprocessing
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 POINTS = 200  # of a curve: each is the mean over as many equal stretches of the run
@@ -32,12 +28,7 @@ FREE = {"seed", "run_name", "exp_name", "track", "wandb_project_name", "wandb_en
 FREE |= {"env_id", "algorithm", "compile", "resume", "checkpoint_interval", "evaluate", "eval_episodes"}
 FREE |= {"log_interval", "torch_deterministic", "reference"}  # the label says whether there is a reference
 KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps"}
-VERSION = 2  # of what is cached
-
-
-CRC_TABLE = np.arange(256, dtype=np.uint32)
-for _ in range(8):
-    CRC_TABLE = np.where(CRC_TABLE & 1, (CRC_TABLE >> 1) ^ np.uint32(0x82F63B78), CRC_TABLE >> 1)
+VERSION = 3  # of what is cached
 
 
 @dataclass
@@ -51,96 +42,57 @@ class Run:
     settings: dict | None = None
 
 
-def checksums(rows: np.ndarray) -> np.ndarray:
-    """The masked CRC-32C, as TensorFlow's record files have it, of each row of bytes: (n, length) to (n,)."""
-    crc = np.full(len(rows), 0xFFFFFFFF, np.uint32)
-    for column in np.ascontiguousarray(rows.T):
-        crc = CRC_TABLE[(crc ^ column) & 0xFF] ^ (crc >> 8)
-    crc = ~crc
-    return ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
+def read_scalars(run_dir: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], bool]:
+    """All scalars of a run, {tag: (steps, values)}, up to the first row that is damaged, and whether there is none: a
+    row that cannot be read, a step before that of the row above, a last row without its end. A run without scalars.csv
+    is an older one, and read from its TensorBoard files. Raises ValueError if the header is another."""
+    path = run_dir / "scalars.csv"
+    if not path.exists():
+        return read_events(run_dir), True
+    content = path.read_bytes()
+    if not content:
+        return {}, True
+    header, columns = b"step,tag,value\n", {"step": np.int64, "tag": "category", "value": np.float64}
+    if not content.startswith(header):
+        raise ValueError("scalars.csv has another header than step,tag,value")
+    try:
+        rows = pd.read_csv(io.BytesIO(content), dtype=columns)
+    except ValueError:  # a damaged row: read all as text
+        text = io.StringIO(content[len(header) :].decode(errors="replace"))
+        rows = pd.read_csv(
+            text,
+            dtype=str,
+            names=[*columns, "more"],
+            quoting=csv.QUOTE_NONE,
+            engine="python",
+            on_bad_lines=lambda row: row[:4],
+        )
+        rows["value"] = pd.to_numeric(rows["value"], errors="coerce").where(rows["more"].isna())
+        rows["step"] = pd.to_numeric(rows["step"], errors="coerce")
+    damaged = (rows[list(columns)].isna().any(axis=1) | (rows["step"].diff() < 0)).to_numpy()
+    if len(damaged) and not content.endswith(b"\n"):
+        damaged[-1] = True
+    if damaged.any():
+        rows = rows.iloc[: int(damaged.argmax())]
+    steps, values = rows["step"].to_numpy(np.int64), rows["value"].to_numpy(np.float32)
+    codes, tags = pd.factorize(rows["tag"])
+    return {tag: (steps[codes == code], values[codes == code]) for code, tag in enumerate(tags)}, not damaged.any()
 
 
-def read_events(path: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], int | None, bool]:
-    """The scalars of one event file, {tag: (steps, values, wall times)}, in the order written; the step from which the
-    file takes back what earlier files of the run hold (None if from none); and whether the file is sound to its end."""
-    data = np.frombuffer(path.read_bytes(), np.uint8)
-    view, position, end, starts = data.tobytes(), 0, len(data), []
-    while position + 16 <= end:  # a record: its length, 8 bytes, their checksum, 4, itself, its checksum, 4
-        following = position + 16 + int.from_bytes(view[position : position + 8], "little")
-        if following > end:
-            break
-        starts.append(position)
-        position = following
-    sound = position == end
-    starts = np.array(starts, np.int64)
-    lengths = np.diff(starts, append=position) - 16
-    scalars, purge_step = defaultdict(list), None
-    for length in np.unique(lengths):
-        where = starts[lengths == length] + 12
-        records = data[where[:, None] + np.arange(length)]  # (n, length)
-        stored = np.ascontiguousarray(data[(where + length)[:, None] + np.arange(4)]).view("<u4").ravel()
-        if (damaged := checksums(records) != stored).any():
-            end, sound = min(end, where[damaged][0]), False
-        decoded = np.zeros(len(records), bool)
-        for digits in range(1, 10):  # bytes of the step, seven bits each, the lowest first
-            tag_length = length - (9 + 1 + digits + 6 + 5)
-            if tag_length < 1 or tag_length > 100:
-                continue
-            layout = {0: 0x09, 9: 0x10, 10 + digits: 0x2A, 11 + digits: length - 12 - digits, 12 + digits: 0x0A}
-            layout |= {13 + digits: length - 14 - digits, 14 + digits: 0x0A, 15 + digits: tag_length, -5: 0x15}
-            fits = np.all([records[:, column] == value for column, value in layout.items()], axis=0)
-            step_bytes = records[:, 10 : 10 + digits]
-            fits &= (step_bytes[:, :-1] >= 128).all(axis=1) & (step_bytes[:, -1] < 128) & ~decoded
-            if not fits.any():
-                continue
-            decoded |= fits
-            chosen = records[fits]
-            steps = ((chosen[:, 10 : 10 + digits] & 127).astype(np.int64) << (7 * np.arange(digits))).sum(axis=1)
-            times = np.ascontiguousarray(chosen[:, 1:9]).view("<f8").ravel()
-            values = np.ascontiguousarray(chosen[:, -4:]).view("<f4").ravel()
-            tags = np.ascontiguousarray(chosen[:, 16 + digits : -5]).view(f"S{tag_length}").ravel()
-            for tag in np.unique(tags):
-                mine = tags == tag
-                order = where[fits][mine]
-                scalars[tag.decode(errors="replace")].append((order, steps[mine], values[mine], times[mine]))
-        for start in where[~decoded]:
-            try:
-                event = Event.FromString(view[start : start + length])
-            except Exception:  # protobuf raises its own DecodeError: the record, and all after it, is not to be trusted
-                end, sound = min(end, start), False
-                break
-            if event.HasField("session_log") and event.session_log.status == SessionLog.START:
-                purge_step = event.step
-            for value in event.summary.value:
-                if value.HasField("simple_value"):
-                    row = (np.array([x]) for x in (start, event.step, np.float32(value.simple_value), event.wall_time))
-                    scalars[value.tag].append(tuple(row))
-    return truncated(scalars, end), purge_step, sound
+def read_events(run_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The scalars of a run's TensorBoard files, without what a resumed run took back, by TensorBoard's own reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-
-def truncated(scalars: dict, end: int) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Joins the parts of each tag in the order of their places in the file, those before byte `end`."""
-    joined = {}
-    for tag, parts in scalars.items():
-        places, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
-        order = np.argsort(places)
-        joined[tag] = tuple(column[order[places[order] < end]] for column in columns)
-    return joined
-
-
-def read_scalars(run_dir: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], bool]:
-    """All scalars of a run, {tag: (steps, values, wall times)}, without what a resumed run took back; and soundness.
-    A file that a kill cut short is sound: the run went on from a checkpoint in the next one."""
-    scalars, files = {}, sorted(run_dir.glob("events.out.tfevents.*"))
-    sound = True
-    for file in files:
-        new, purge_step, sound = read_events(file)
-        if purge_step is not None:
-            scalars = {tag: tuple(x[part[0] < purge_step] for x in part) for tag, part in scalars.items()}
-        for tag, part in new.items():
-            earlier = scalars.get(tag)
-            scalars[tag] = tuple(map(np.concatenate, zip(earlier, part, strict=True))) if earlier else part
-    return {tag: part for tag, part in scalars.items() if len(part[0])}, sound
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    scalars, times = {}, []
+    for tag in events.Tags()["scalars"]:
+        rows = events.Scalars(tag)
+        scalars[tag] = (np.array([row.step for row in rows]), np.array([row.value for row in rows], np.float32))
+        times += [rows[0].wall_time, rows[-1].wall_time]
+    if times:
+        last = max(steps[-1] for steps, _ in scalars.values())
+        scalars.setdefault("charts/hours", (np.array([last]), np.array([(max(times) - min(times)) / 3600])))
+    return scalars
 
 
 def summarise(name: str, args: dict, scalars: dict, problem: str | None) -> Run:
@@ -150,9 +102,9 @@ def summarise(name: str, args: dict, scalars: dict, problem: str | None) -> Run:
     """
     total = args["total_timesteps"]
     series = {quantity: scalars[tag] for quantity, tag in QUANTITIES.items()}
-    steps, returns, times = series["return"]
+    steps, returns = series["return"]
     last_tenth, warm_up = steps >= 0.9 * total, steps < args["learning_starts"]
-    gap_steps, gaps, _ = series["q_minus_return"]
+    gap_steps, gaps = series["q_minus_return"]
     summary = {
         "task": args["env_id"].removeprefix("MinAtar/"),
         "algorithm": label(args),
@@ -165,10 +117,10 @@ def summarise(name: str, args: dict, scalars: dict, problem: str | None) -> Run:
         "q_minus_return": mean(gaps[gap_steps >= 0.9 * total]),
         "alpha": float(series["alpha"][1][-1]),
         "evaluation": float(scalars["eval/episodic_return"][1][-1]) if "eval/episodic_return" in scalars else math.nan,
-        "hours": float(times[-1] - times[0]) / 3600,
+        "hours": float(scalars["charts/hours"][1][-1]) if "charts/hours" in scalars else math.nan,
     }
     curves = {"step": (np.arange(1, POINTS + 1) * total / POINTS).tolist()}
-    for quantity, (steps, values, _) in series.items():
+    for quantity, (steps, values) in series.items():
         place = np.minimum(steps * POINTS // total, POINTS - 1)
         count = np.bincount(place, minlength=POINTS)
         with np.errstate(invalid="ignore"):
@@ -198,26 +150,34 @@ def read_run(run_dir: Path) -> Run:
     """One run from its folder. What is wrong with it is said in `problem`; with no summary it cannot be used at all."""
     try:
         args = json.loads((run_dir / "args.json").read_text())
-        scalars, sound = read_scalars(run_dir)
-        steps = scalars["charts/episodic_return"][0]
-        problem = None
-        if not sound and (run_dir / "actor.pt").exists():
-            problem = f"damaged after step {steps[-1]} of {args['total_timesteps']}"
-        elif not (run_dir / "actor.pt").exists():
-            problem = f"unfinished, at step {steps[-1]} of {args['total_timesteps']}"
-        return summarise(run_dir.name, args, scalars, problem)
+        kinds = {"env_id": str, "algorithm": str, "seed": int, "total_timesteps": int, "learning_starts": int}
+        if not isinstance(args, dict) or not all(type(args.get(name)) is kind for name, kind in kinds.items()):
+            raise ValueError("args.json is not that of a run")
     except OSError as error:
         return Run(run_dir.name, f"cannot be read: {error.strerror}: {error.filename}")
-    except ValueError:
+    except json.JSONDecodeError:
         return Run(run_dir.name, "args.json is damaged")
+    except ValueError as error:
+        return Run(run_dir.name, str(error))
+    try:
+        scalars, sound = read_scalars(run_dir)
+        steps, _ = scalars["charts/episodic_return"]
+        problem, finished = None, (run_dir / "actor.pt").exists()
+        if not sound or (finished and "eval/episodic_return" not in scalars):  # which a finished run logs last
+            problem = f"damaged after step {steps[-1]} of {args['total_timesteps']}"
+        elif not finished:
+            problem = f"unfinished, at step {steps[-1]} of {args['total_timesteps']}"
+        return summarise(run_dir.name, args, scalars, problem)
     except KeyError as error:
         return Run(run_dir.name, f"too short: it has not logged {error.args[0]} yet")
+    except Exception as error:  # of pandas or TensorBoard, which raise a different one for each damage
+        return Run(run_dir.name, f"cannot be read: {error}")
 
 
 def read_cached(task: tuple[Path, Path]) -> Run:
     """`read_run`, or what it found the last time if no file of the run has changed since."""
     run_dir, cache = task
-    files = [*run_dir.glob("events.out.tfevents.*"), run_dir / "args.json", run_dir / "actor.pt"]
+    files = [*run_dir.glob("events.out.tfevents.*"), *(run_dir / x for x in ("scalars.csv", "args.json", "actor.pt"))]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files) if file.exists()]
     key = hashlib.sha256(repr((VERSION, POINTS, str(run_dir.resolve()), stats)).encode()).hexdigest()
     path = cache / f"{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:24]}.json"
@@ -251,15 +211,14 @@ def read_wandb(project: str) -> list[Run]:
         for run in tqdm(wandb.Api().runs(project), unit="run", disable=None, desc="reading"):
             history = pd.DataFrame(run.scan_history())
             scalars = {}
-            for tag in (*QUANTITIES.values(), "eval/episodic_return"):
+            for tag in (*QUANTITIES.values(), "eval/episodic_return", "charts/hours"):
                 if tag in history:
                     rows = (
                         history[history[tag].notna()]
                         .drop_duplicates("global_step", keep="last")
                         .sort_values("global_step")
                     )
-                    columns = (rows["global_step"].to_numpy(np.int64), rows[tag].to_numpy(np.float32))
-                    scalars[tag] = (*columns, rows["_timestamp"].to_numpy(float))
+                    scalars[tag] = (rows["global_step"].to_numpy(np.int64), rows[tag].to_numpy(np.float32))
             problem = None if run.state == "finished" else f"{run.state} in W&B"
             try:
                 found.append(summarise(run.name, dict(run.config), scalars, problem))

@@ -152,6 +152,75 @@ class Strange(gym.Env):
         return self.observation_space.sample(), {}
 
 
+class Odd(gym.Env):
+    """A point on [-2, 2] that is moved left, not at all or right, and is paid minus its distance from 0; `oddity` says
+    what this environment does that others do not."""
+
+    def __init__(self, oddity=None, continuous=False, dtype=np.int64, start=0):
+        self.oddity, self.state, self.seen = oddity, np.zeros(2, np.float32), []
+        self.observation_space = gym.spaces.Box(-10, 10, (2,), np.float32)
+        discrete = gym.spaces.Discrete(3, start=start, dtype=dtype)
+        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32) if continuous else discrete
+
+    def _observe(self):
+        if self.oddity == "alias":
+            return self.state  # the array that the next step overwrites
+        copies = {"row": self.state[None].copy(), "list": self.state.tolist(), "view": self.state[::-1].copy()[::-1]}
+        return copies.get(self.oddity, self.state.copy())
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        self.state[:] = self.np_random.uniform(-1, 1), 0
+        return self._observe(), {}
+
+    def step(self, action):
+        self.steps += 1
+        self.seen.append(action)
+        move = float(action[0]) if isinstance(self.action_space, gym.spaces.Box) else int(action) - 1
+        self.state[0] = np.clip(self.state[0] + 0.1 * move, -2, 2)
+        self.state[1] += 0.05
+        reward = -abs(float(self.state[0]))
+        if self.np_random.random() < 0.003:
+            if self.oddity == "nan":
+                self.state[1] = np.nan
+            elif self.oddity == "infinite reward":
+                reward = np.inf
+            elif self.oddity == "broken pipe":
+                raise ConnectionResetError(104, "Connection reset by peer")
+        if self.oddity == "two rewards":
+            reward = np.array([reward, 0.0])
+        return self._observe(), reward, False, False, {}
+
+
+class Grey(gym.Env):
+    """Which of two shades is the image? Its frames are floats in [0, 1], whatever its space says."""
+
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, shape=(12, 12, 3), declared=np.uint8):
+        self.observation_space = gym.spaces.Box(0, 255 if declared == np.uint8 else 1, shape, declared)
+
+    def _observe(self):
+        return np.full(self.observation_space.shape, (0.3, 0.7)[self.side], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.side, self.steps = int(self.np_random.integers(2)), 0
+        return self._observe(), {}
+
+    def step(self, action):
+        reward, self.side, self.steps = float(action == self.side), int(self.np_random.integers(2)), self.steps + 1
+        return self._observe(), reward, self.steps >= 5, False, {}
+
+
+class Refuses(gym.Env):
+    """Its own __init__ fails."""
+
+    def __init__(self):
+        assert "map" == "found"
+
+
 def register() -> None:
     """Registers the environments once; safe to call again."""
     if "Catch-v0" in gym.registry:
@@ -167,6 +236,18 @@ def register() -> None:
     gym.register("Point-v0", Point, max_episode_steps=20)
     gym.register("Drift-v0", Drift, max_episode_steps=8)
     gym.register("Walk-v0", Walk, max_episode_steps=8)
+    kinds = ("alias", "row", "list", "view", "nan", "infinite reward", "broken pipe", "two rewards", None)
+    for kind in kinds:
+        for prefix, continuous in (("Odd", False), ("ContinuousOdd", True)):
+            name = f"{prefix}{(kind or 'plain').title().replace(' ', '')}-v0"
+            gym.register(name, Odd, max_episode_steps=20, kwargs={"oddity": kind, "continuous": continuous})
+    gym.register("OddInt8-v0", Odd, max_episode_steps=20, kwargs={"dtype": np.int8})
+    gym.register("OddStart-v0", Odd, max_episode_steps=20, kwargs={"start": 2})
+    gym.register("GreyBytes-v0", Grey)
+    gym.register("GreyFloats-v0", Grey, kwargs={"declared": np.float32})
+    gym.register("GreyFirst-v0", Grey, kwargs={"shape": (3, 24, 32), "declared": np.float32})
+    gym.register("GreyStack-v0", Grey, kwargs={"shape": (4, 210, 160), "declared": np.float32})
+    gym.register("Refuses-v0", Refuses)
     gym.register("Endless-v0", Endless, max_episode_steps=10**9)
     gym.register("Unlimited-v0", Endless)
     gym.register("ContinuousUnlimited-v0", OneStep, kwargs={"ending": None, "continuous": True})

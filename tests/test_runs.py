@@ -221,8 +221,7 @@ BAD_INPUT = [
 ]
 BAD_INPUT += [
     pytest.param("klac_discrete", ["--p-start", "0.2"], ["--p-start 0.2", "(0.3333, 1)"], id="p below 1/n"),
-    pytest.param("klac_continuous", ["--exploit-radius", "2.0"], ["--exploit-radius 2.0", "must be in (0.01727, 0.6466)"],
-                 id="unreachable target"),
+    pytest.param("klac_continuous", ["--exploit-radius", "2.0"], ["2.0: must be in (0.01727, 0.6466)"], id="radius"),
 ]  # fmt: skip
 
 
