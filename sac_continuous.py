@@ -583,6 +583,7 @@ class Run:
             self.state = load(self.folder)
             began = self.state["args"] if self.state else read_json(self.folder / "args.json")
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        torch.set_flush_denormal(True)  # Adam's moments of units that died decay into such numbers, which are slow
         compiled = args.compile and began.get("compile", True) and compile_works(self.device)
         self.args = replace(args, compile=compiled)
         self.config = {**asdict(self.args), "algorithm": algorithm}
