@@ -48,7 +48,7 @@ def sampler(split: Counter):
         while frame and frame.f_code.co_name != "train":
             frame = frame.f_back
         now = time.perf_counter()
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() if frame else "elsewhere"
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno or 0).strip() if frame else "elsewhere"
         split[line] += now - last
         last = now
 

@@ -102,12 +102,11 @@ def test_throughput_writes_its_tables(tmp_path):
 
 
 def test_the_committed_tables_are_what_the_readme_says():
-    with (ROOT / "results/throughput/rates.csv").open() as file:
-        rates = {(r["task"], r["contestant"], r["setting"]): float(r["steps_per_second"]) for r in csv.DictReader(file)}
+    with (ROOT / "results/throughput_one_core/rates.csv").open() as file:
+        rates = {(r["task"], r["contestant"]): float(r["steps_per_second"]) for r in csv.DictReader(file)}
     names = {"stable_baselines3": "Stable-Baselines3 2.9 SAC", "sbx": "SBX 0.28 SAC (JAX)"}
     names["benchmark.plain_sac_discrete"] = "the loop as one first writes it"
     readme = (ROOT / "README.md").read_text()
-    for task, contestant, _ in rates:
-        if task != "floor":
-            cells = " | ".join(f"{rates[task, contestant, setting]:.0f}" for setting in ("1x1", "1x2", "2x1"))
-            assert f"| {names.get(contestant, f'`{contestant}.py`')} | {cells} |" in readme
+    for (task, contestant), rate in rates.items():
+        if task != "floor" and "_37b34a3" not in contestant:
+            assert f"| {names.get(contestant, f'`{contestant}.py`')} | {rate:.0f} |" in readme
