@@ -3,6 +3,7 @@
 import collections
 import itertools
 import os
+import pty
 import random
 import re
 import shlex
@@ -66,11 +67,13 @@ def test_parts_of_the_list():
     for line in shorter:  # a prefix of the paper's run
         assert ("--anneal-timesteps 1000000" in line) == ("__KLAC__" in line)
         assert "--total-timesteps 5000 " in line
+    compressed = campaign("mujoco", "--seeds", "1", "--steps", "5000", "--compress", "--variants", "SAC KLAC KLAC-a")
+    assert compressed.stdout.splitlines() == [line.replace(" --anneal-timesteps 1000000", "") for line in shorter]
 
 
 @pytest.mark.parametrize("flags", [
     ["atari"], ["--seeds", "x"], ["--seeds"], ["--envs", "Pong-v5"], ["minatar", "--envs", "Ant-v5"],
-    ["--variants", "PPO"], ["--steps", "-1"], ["--steps", "0"], ["--what"],
+    ["--variants", "PPO"], ["--steps", "-1"], ["--steps", "0"], ["--what"], ["--compress"],
 ])  # fmt: skip
 def test_what_the_list_does_not_know_is_refused(flags):
     result = campaign(*flags)
@@ -162,6 +165,27 @@ def test_a_list_is_run_and_failures_are_named_and_retried_on_request():
 
 @needs_parallel
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has one worker")
+def test_on_a_terminal_each_finished_run_says_how_far_the_list_is():
+    """On a pseudo-terminal, where GNU parallel's own bar printed an error a second and an estimate of 0 s."""
+    write_list(steps=3, n=4)
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(ROOT / "benchmark/run_local.sh", ["run_local.sh", "list.txt", "--workers", "2"])
+    shown = b""
+    while True:
+        try:
+            shown += os.read(terminal, 4096)
+        except OSError:  # the child closed the terminal
+            break
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert b"/dev/tty" not in shown
+    assert b"4 runs to do, of 4" in shown
+    assert b"; 4/4 finished, 0 h 0 min left" in shown
+    write_list(steps=3, n=5)
+    assert "; 5/5 finished" in drive("--workers", "2").stdout  # those of the first call count
+
+
+@needs_parallel
 def test_there_is_a_worker_a_core_whatever_the_threads_of_a_run_are(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which nproc obeys
     write_list(steps=15, n=2)
