@@ -17,7 +17,6 @@ KLAC keeps that regulariser in the actor alone. Equation and line numbers are th
     schedule      H*(p), with p, the probability of an action within r of the mode, annealed     section 5.4, line 19
 
 `--no-bias` sets beta to 0 (KLAC-b), `--no-anneal` holds H* at SAC's -d (KLAC-a), both together are KLAC-ab.
-docs/algorithms.md lists where the paper is silent or misprinted, docs/metrics.md what is logged.
 """
 
 import copy
@@ -200,10 +199,9 @@ class ReplayBuffer:
     """The last `capacity` transitions, as the environment returned them."""
 
     def __init__(self, capacity: int, env: gym.Env, device: torch.device):
-        obs, action = env.observation_space, env.action_space
-        columns = [np.zeros((capacity, *space.shape), stored_dtype(space)) for space in (obs, action, obs)]
-        rewards, terminations = np.zeros(capacity, np.float32), np.zeros(capacity, np.float32)
-        self.columns = Batch(columns[0], columns[1], rewards, columns[2], terminations)
+        obs, action, number = env.observation_space, env.action_space, gym.spaces.Box(-np.inf, np.inf, ())
+        spaces = obs, action, number, obs, number
+        self.columns = Batch(*[np.zeros((capacity, *space.shape), stored_dtype(space)) for space in spaces])
         self.capacity, self.device, self.added = capacity, device, 0
 
     def add(self, *transition) -> None:

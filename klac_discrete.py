@@ -17,7 +17,6 @@ KLAC keeps that regulariser in the actor alone. Equation and line numbers are th
     schedule      H*(p), with p, the probability of the best action, annealed linearly           section 5.4, line 17
 
 `--no-bias` sets beta to 0 (KLAC-b), `--no-anneal` holds H* at SAC's 0.89 log n (KLAC-a), both together are KLAC-ab.
-docs/algorithms.md lists where the paper is silent or misprinted, docs/metrics.md what is logged.
 """
 
 import colorsys
@@ -184,9 +183,8 @@ class Networks(nn.Module):
         self.b1, self.b2, self.b3 = parameter(0, k * units), parameter(0, k, 1, 128), parameter(0, k, 1, n)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, positions, _ = x.shape
-        h = (x.flatten(0, 1) @ self.w1 + self.b1).relu().view(b, positions, self.k, -1)
-        h = (h.permute(2, 0, 1, 3).reshape(self.k, b, -1) @ self.w2 + self.b2).relu()  # (k, B, 128)
+        h = (x.flatten(0, 1) @ self.w1 + self.b1).relu().view(*x.shape[:2], self.k, -1)
+        h = (h.permute(2, 0, 1, 3).reshape(self.k, len(x), -1) @ self.w2 + self.b2).relu()  # (k, B, 128)
         return h @ self.w3 + self.b3
 
 
@@ -216,10 +214,9 @@ class ReplayBuffer:
     """The last `capacity` transitions, as the environment returned them."""
 
     def __init__(self, capacity: int, env: gym.Env, device: torch.device):
-        obs, action = env.observation_space, env.action_space
-        columns = [np.zeros((capacity, *space.shape), stored_dtype(space)) for space in (obs, action, obs)]
-        rewards, terminations = np.zeros(capacity, np.float32), np.zeros(capacity, np.float32)
-        self.columns = Batch(columns[0], columns[1], rewards, columns[2], terminations)
+        obs, action, number = env.observation_space, env.action_space, gym.spaces.Box(-np.inf, np.inf, ())
+        spaces = obs, action, number, obs, number
+        self.columns = Batch(*[np.zeros((capacity, *space.shape), stored_dtype(space)) for space in spaces])
         self.capacity, self.device, self.added = capacity, device, 0
 
     def add(self, *transition) -> None:

@@ -195,10 +195,9 @@ class ReplayBuffer:
     """The last `capacity` transitions, as the environment returned them."""
 
     def __init__(self, capacity: int, env: gym.Env, device: torch.device):
-        obs, action = env.observation_space, env.action_space
-        columns = [np.zeros((capacity, *space.shape), stored_dtype(space)) for space in (obs, action, obs)]
-        rewards, terminations = np.zeros(capacity, np.float32), np.zeros(capacity, np.float32)
-        self.columns = Batch(columns[0], columns[1], rewards, columns[2], terminations)
+        obs, action, number = env.observation_space, env.action_space, gym.spaces.Box(-np.inf, np.inf, ())
+        spaces = obs, action, number, obs, number
+        self.columns = Batch(*[np.zeros((capacity, *space.shape), stored_dtype(space)) for space in spaces])
         self.capacity, self.device, self.added = capacity, device, 0
 
     def add(self, *transition) -> None:

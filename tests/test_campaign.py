@@ -164,7 +164,6 @@ def test_a_list_is_run_and_failures_are_named_and_retried_on_request():
 
 
 @needs_parallel
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has one worker")
 def test_on_a_terminal_each_finished_run_says_how_far_the_list_is():
     """On a pseudo-terminal, where GNU parallel's own bar printed an error a second and an estimate of 0 s."""
     write_list(steps=3, n=4)
@@ -186,6 +185,7 @@ def test_on_a_terminal_each_finished_run_says_how_far_the_list_is():
 
 
 @needs_parallel
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has one worker")
 def test_there_is_a_worker_a_core_whatever_the_threads_of_a_run_are(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which nproc obeys
     write_list(steps=15, n=2)
