@@ -767,12 +767,13 @@ class Run:
         self.log(self.step, scalars)
 
     def check(self, log: dict) -> None:
-        """Raises FloatingPointError if a loss is not finite."""
+        """Raises FloatingPointError if a loss is not finite, and ends the update."""
         for tag in ("losses/qf_loss", "losses/actor_loss"):
             if not math.isfinite(log.get(tag, 0)):
                 raise FloatingPointError(f"{tag} is {float(log[tag])}")
         if self.first_update is None and "losses/actor_loss" in log:  # all is compiled by then
             self.first_update = self.step, time.perf_counter()
+        torch.compiler.cudagraph_mark_step_begin()  # from here on the next update may overwrite what this one returned
 
     def log_update(self, log: dict) -> None:
         """Logs an update and shows where the run is."""
