@@ -256,7 +256,7 @@ def real_list(monkeypatch, n=2):
         shutil.copy(ROOT / f"{name}.py", ".")
         line = f"python {name}.py --env-id CartPole-v1 --total-timesteps 3000 --learning-starts 500 --eval-episodes 2"
         lines.append(
-            f"{line} --checkpoint-interval 300 --log-interval 20 --seed {seed} --run-name {name}-{seed} --resume"
+            f"{line} --no-compile --checkpoint-interval 300 --log-interval 20 --seed {seed} --run-name {name}-{seed} --resume"
         )
     Path("undisturbed").mkdir()
     for line in lines:

@@ -165,7 +165,7 @@ def test_a_run_near_its_time_limit_saves_itself_and_is_requeued_alone():
 def test_real_runs_that_are_requeued_and_cancelled_end_as_if_they_were_not(scalars, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     shutil.copy(ROOT / "klac_discrete.py", ".")
-    line = "python klac_discrete.py --env-id CartPole-v1 --total-timesteps 6000 --learning-starts 500 --eval-episodes 1"
+    line = "python klac_discrete.py --env-id CartPole-v1 --total-timesteps 6000 --learning-starts 500 --eval-episodes 1 --no-compile"
     line += " --checkpoint-interval 500 --seed 1 --resume --run-name"
     whole = f"{line} whole\n"
     subprocess.run(whole.split(), check=True, capture_output=True)
