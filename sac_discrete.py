@@ -563,7 +563,6 @@ class Run:
             self.state = load(self.folder)
             began = self.state["args"] if self.state else read_json(self.folder / "args.json")
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-        torch.set_flush_denormal(True)  # Adam's moments of units that died decay into such numbers, which are slow
         compiled = args.compile and began.get("compile", True) and compile_works(self.device)
         self.args = replace(args, compile=compiled)
         self.config = {**asdict(self.args), "algorithm": algorithm}
@@ -642,6 +641,7 @@ class Run:
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
                     self.handlers[number] = signal.signal(number, self.stop)
+        torch.set_flush_denormal(True)  # Adam's moments of units that died decay into such numbers, which are slow
         start = f"{self.config['algorithm']} on {self.args.env_id} ({self.device}), from step {self.step}"
         print(f"{self.folder}: {start}", flush=True)
         self.next_checkpoint, self.next_flush = self.step + self.args.checkpoint_interval, 0.0
@@ -672,6 +672,7 @@ class Run:
         print("stopping at the end of this episode; once more to stop now", file=sys.stderr, flush=True)
 
     def __exit__(self, kind, error, place) -> None:
+        torch.set_flush_denormal(False)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.flush()
