@@ -311,7 +311,7 @@ def descend(optimizer: torch.optim.Optimizer, network: nn.Module, gradients: dic
 
 def train(args: Args) -> Path:
     """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work, and
-    FloatingPointError if a number is not finite; asked to stop, it saves itself and raises KeyboardInterrupt."""
+    NotFinite if a number is not finite; asked to stop, it saves itself and raises KeyboardInterrupt."""
     check_flags(args)
     env = make_env(args, args.capture_video)
     box, d, r = env.action_space, env.action_space.shape[0], args.exploit_radius
@@ -321,9 +321,7 @@ def train(args: Args) -> Path:
     if args.autotune and args.anneal:
         entropies = [exploit_entropy(p, 1.0, d) for p in (args.p_start, args.p_end)]  # r adds d log r
         least, most = math.exp((lowest - min(entropies)) / d), math.exp((highest - max(entropies)) / d)
-        check_range(
-            args, "exploit_radius", least, most, " for the box and p (if that is empty, take p closer together)"
-        )
+        check_range(args, "exploit_radius", least, most, " for this box; with p closer together the range is wider")
     elif args.autotune:
         check_range(args, "target_entropy", lowest, highest, ", the entropies that policies in the action box reach")
     removed = ("" if args.anneal else "a") + ("" if args.bias else "b")
@@ -441,6 +439,7 @@ import zipfile
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import asdict
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -448,6 +447,10 @@ from tqdm import tqdm
 
 class UsageError(ValueError):
     """A flag that cannot work; the message names the flag, its value and what would be valid."""
+
+
+class NotFinite(FloatingPointError):
+    """A loss, a weight, an observation or a reward that is not finite, as float32 holds it."""
 
 
 def require(valid: bool, message: str) -> None:
@@ -495,10 +498,12 @@ def check_flags(args: Args) -> None:
 
 
 def check_range(args: Args, name: str, low: float, high: float, why: str = "") -> None:
-    """Raises UsageError unless the flag's value is between the two."""
+    """Raises UsageError unless the flag's value is between the two, which the message rounds inwards."""
     value = getattr(args, name)
-    message = f"--{name.replace('_', '-')} {value}: must be in ({low:.4g}, {high:.4g}){why}"
-    require(low < value < high, message)
+    low_words = Context(prec=4, rounding=ROUND_CEILING).create_decimal_from_float(low)
+    high_words = Context(prec=4, rounding=ROUND_FLOOR).create_decimal_from_float(high)
+    valid = f"in ({low_words:g}, {high_words:g}){why}" if low < high else f"another: none is valid here{why}"
+    require(low < value < high, f"--{name.replace('_', '-')} {value}: must be {valid}")
 
 
 def stored_dtype(space: gym.Space) -> np.dtype:
@@ -521,28 +526,33 @@ def check_memory(args: Args, env: gym.Env) -> None:
 class Checked(gym.Wrapper):
     """Trusts nothing that an environment returns: it may overwrite its own arrays, so that each is copied, in the
     buffer's dtype. Discrete actions count from 0 wherever their space starts. Raises UsageError where an observation or
-    reward is not what the spaces promise (its range at first alone), FloatingPointError where it is not finite."""
+    reward is not what the spaces promise (its range at first alone), NotFinite where it is not finite."""
 
     def __init__(self, env: gym.Env, args: Args):
         super().__init__(env)
-        self.space, self.dtype, self.name = env.observation_space, stored_dtype(env.observation_space), args.env_id
+        self.space, self.dtype = env.observation_space, stored_dtype(env.observation_space)
+        self.name, self.observes = args.env_id, f"--env-id {args.env_id}: observes"
         env.action_space.seed(0)
         first, _ = self.reset(seed=0)
         action = env.action_space.sample()
         second, *_ = self.step(action if isinstance(action, np.ndarray) else int(action - env.action_space.start))
         for obs in (first, second):
-            slack = 1e-3 * (1 + np.abs(obs))
+            slack = 1e-3 * (1 + np.abs(obs.astype(float)))
             inside = ((self.space.low - slack <= obs) & (obs <= self.space.high + slack)).all()
-            require(inside, f"--env-id {self.name}: observes {obs.min()} to {obs.max()}, its space is {self.space}")
+            require(inside, f"{self.observes} {obs.min()} to {obs.max()}, its space is {self.space}")
 
     def convert(self, obs) -> np.ndarray:
-        found = np.asarray(obs)
-        castable = found.dtype.kind in ("buif" if self.dtype.kind == "f" else "bui")
-        message = f"--env-id {self.name}: observes {found.dtype} {found.shape}, its space is {self.space}"
-        require(castable and found.shape == self.space.shape, message)
-        if found.dtype.kind == "f" and not np.isfinite(found).all():
-            raise FloatingPointError("the environment's observation is not finite")
-        return np.array(found, self.dtype)
+        given = np.asarray(obs)
+        castable = given.dtype.kind in ("buif" if self.dtype.kind == "f" else "bui")
+        if not castable or given.shape != self.space.shape:
+            raise UsageError(f"{self.observes} {given.dtype} {given.shape}, its space is {self.space}")
+        with np.errstate(over="ignore"):
+            found = np.array(given, self.dtype, order="C")
+        if self.dtype.kind == "f" and not np.isfinite(found).all():
+            raise NotFinite("the environment's observation is not finite")
+        if self.dtype.kind != "f" and (found != given).any():  # 300 is 44 in a byte
+            raise UsageError(f"{self.observes} {given.min()} to {given.max()}, its space is {self.space}")
+        return found
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
@@ -551,10 +561,12 @@ class Checked(gym.Wrapper):
     def step(self, action):
         sent = action.copy() if isinstance(action, np.ndarray) else action + int(self.action_space.start)
         obs, reward, terminated, truncated, info = self.env.step(sent)
-        require(np.size(reward) == 1, f"--env-id {self.name}: the reward must be one number, not {reward!r}")
-        reward = float(np.asarray(reward).item())
-        if not math.isfinite(reward):
-            raise FloatingPointError(f"the environment's reward is {reward}")
+        reward = np.asarray(reward)
+        valid = reward.size == 1 and reward.dtype.kind in "buif"
+        require(valid, f"--env-id {self.name}: the reward must be one number, not {reward!r}")
+        reward = float(reward.item())
+        if not abs(reward) <= torch.finfo(torch.float32).max:
+            raise NotFinite(f"the environment's reward is {reward}")
         return self.convert(obs), reward, bool(terminated), bool(truncated), info
 
 
@@ -625,7 +637,7 @@ class Run:
         earlier = sorted(path.name for path in Path("runs").glob("*") if path.name.rpartition("__")[0] + "__" == prefix)
         name = earlier[-1] if args.resume and earlier else f"{prefix}{time.time_ns() // 1000}"
         self.folder, self.state, self.lock, began = Path("runs", args.run_name or name), None, None, {}
-        if args.resume and self.folder.is_dir():
+        if args.resume and os.path.isdir(self.folder):
             self.own()
             self.state = load(self.folder)
             began = self.state["args"] if self.state else read_json(self.folder / "args.json")
@@ -639,7 +651,9 @@ class Run:
             before = began.get(flag)
             allowed = now == before or flag in free or (flag == "total_timesteps" and now > before)
             words = f"{self.folder} was started with --{flag.replace('_', '-')} {before}, not {now}"
-            require(allowed, f"--resume: {words}")
+            if not allowed:
+                self.lock.close()  # a notebook keeps the exception, and with it this run
+                raise UsageError(f"--resume: {words}")
         self.finished = self.state is not None and "step" not in self.state
         self.step, self.saved_step, self.hours, self.csv_size = 0, 0, 0.0, 0
         if self.finished:
@@ -652,7 +666,8 @@ class Run:
 
     def own(self) -> None:
         """Locks the folder until this process ends, however it ends. Raises UsageError if another process has it."""
-        self.lock = (self.folder / "lock").open("a+")
+        with refusing(f"--run-name {self.folder.name}: must be a folder with a writable file named lock"):
+            self.lock = (self.folder / "lock").open("a+")
         self.lock.seek(0)
         holder = self.lock.read().strip() or "another process"
         with refusing(f"--run-name {self.folder.name}: {holder} is running it"):
@@ -703,7 +718,7 @@ class Run:
         self.pending = b"" if self.csv_size else b"step,tag,value\n"
         (self.folder / "args.json").write_text(json.dumps(self.config, indent=2) + "\n")
         self.writer = SummaryWriter(self.folder, purge_step=self.step if self.args.resume else None)
-        self.stopped_by, self.handlers = None, {}
+        self.stopped_by, self.handlers, self.bar = None, {}, None
         if threading.current_thread() is threading.main_thread():
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
@@ -735,17 +750,26 @@ class Run:
         for each, handler in self.handlers.items():
             signal.signal(each, handler)
         if number == getattr(signal, "SIGHUP", None):  # the terminal is gone
-            sys.stdout = sys.stderr = self.bar.fp = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            if self.bar is not None:
+                self.bar.fp = sys.stderr
         print("stopping at the end of this episode; once more to stop now", file=sys.stderr, flush=True)
 
     def __exit__(self, kind, error, place) -> None:
         torch.set_flush_denormal(False)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        self.flush()
-        self.writer.close()
+        with self.warning("scalars.csv"):
+            self.flush()
+        if self.writer is not None:
+            with self.warning("TensorBoard's file"):
+                self.writer.close()
         self.csv.close()
         self.lock.close()
+        if self.args.track:
+            import wandb
+
+            wandb.tensorboard.unpatch()  # so that a later run of this process is not tracked too
         if isinstance(error, Exception):
             last = (
                 f"the last checkpoint is of step {self.saved_step}" if self.saved_step else "there is no checkpoint yet"
@@ -762,22 +786,33 @@ class Run:
             self.bar.update()
         self.bar.close()
 
+    @contextmanager
+    def warning(self, what: str):
+        """Says in a line that a full disk did not take something, and the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            print(f"step {self.step}: {self.folder}: {what}: not written: {error}", file=sys.stderr, flush=True)
+
     def log(self, step: int, scalars: dict) -> None:
         """Logs {tag: value} to TensorBoard (and by it to W&B) and as rows of scalars.csv."""
         for tag, value in scalars.items():
-            self.writer.add_scalar(tag, float(value), step)
             self.pending += f"{step},{tag},{float(value):.9g}\n".encode()
         if time.monotonic() > self.next_flush:
-            self.flush()
+            with self.warning("scalars.csv"):
+                self.flush()
+        if self.writer is not None:
+            with self.warning("TensorBoard's file, which ends here"):
+                for tag, value in scalars.items():
+                    self.writer.add_scalar(tag, float(value), step)
+                return
+            self.writer = None  # its thread has ended
 
     def flush(self) -> None:
-        """Writes the rows of scalars.csv; those that a full disk refuses are kept for the next time."""
+        """Writes the rows of scalars.csv. Raises OSError on a full disk: what it refused is kept for the next time."""
         self.next_flush = time.monotonic() + 1
-        try:
-            while self.pending:
-                self.pending = self.pending[self.csv.write(self.pending) :]
-        except OSError as error:
-            print(f"step {self.step}: {self.folder / 'scalars.csv'}: not written: {error}", file=sys.stderr, flush=True)
+        while self.pending:
+            self.pending = self.pending[self.csv.write(self.pending) :]
 
     def log_episode(self, rewards: list[float], start_value: float | None) -> None:
         """Logs an episode that ended; start_value is the critic's of its first state, if it began after the warm-up."""
@@ -789,10 +824,10 @@ class Run:
         self.log(self.step, scalars)
 
     def check(self, log: dict) -> None:
-        """Raises FloatingPointError if a loss is not finite, and ends the update."""
+        """Raises NotFinite if a loss is not finite, and ends the update."""
         for tag in ("losses/qf_loss", "losses/actor_loss"):
             if not math.isfinite(log.get(tag, 0)):
-                raise FloatingPointError(f"{tag} is {float(log[tag])}")
+                raise NotFinite(f"{tag} is {float(log[tag])}")
         if self.first_update is None and "losses/actor_loss" in log:  # all is compiled by then
             self.first_update = self.step, time.perf_counter()
         torch.compiler.cudagraph_mark_step_begin()  # from here on the next update may overwrite what this one returned
@@ -813,16 +848,14 @@ class Run:
 
     def save(self) -> None:
         """Writes a checkpoint, or says why not: the one before is still there. If a signal asked the run to stop, this
-        ends it with KeyboardInterrupt. Raises FloatingPointError if a weight is not finite."""
+        ends it with KeyboardInterrupt. Raises NotFinite if a weight is not finite."""
         self.next_checkpoint = self.step + 1 + self.args.checkpoint_interval
-        self.flush()
-        self.writer.flush()
         filled = min(self.buffer.added, self.buffer.capacity)
         state = {
             "args": self.config,
             "step": self.step + 1,
             "hours": self.hours + (time.perf_counter() - self.start) / 3600,
-            "csv_size": self.csv.tell(),
+            "csv_size": self.csv.tell() + len(self.pending),
             "added": self.buffer.added,
             "columns": [torch.from_numpy(column[:filled]) for column in self.buffer.columns],
             "log_alpha": self.log_alpha,
@@ -832,15 +865,15 @@ class Run:
         }
         for name in ("actor", "critics"):
             if not all(weights.isfinite().all() for weights in state[name].values()):
-                raise FloatingPointError(f"a weight of the {name} is not finite")
-        try:
-            if self.pending:
-                raise OSError("no checkpoint without its rows of scalars.csv")
+                raise NotFinite(f"a weight of the {name} is not finite")
+        if self.writer is not None:
+            with self.warning("TensorBoard's file"):
+                self.writer.flush()
+        with self.warning("checkpoint.pt"):
+            self.flush()
             os.fsync(self.csv.fileno())
             save(state, self.folder / "checkpoint.pt")
             self.saved_step = self.step + 1
-        except OSError as error:
-            print(f"step {self.step}: {error}", file=sys.stderr, flush=True)
         if self.stopped_by is not None:
             last = f"the same command with --resume goes on from step {self.saved_step}"
             print(f"{self.folder}: stopped; {last}", flush=True)
@@ -852,6 +885,7 @@ class Run:
         self.log(self.args.total_timesteps, {"eval/episodic_return": returns.mean()})
         print(f"{self.folder}: deterministic return {summary(returns)}")
         self.flush()
+        os.fsync(self.csv.fileno())
         states = {name: network.state_dict() for name, network in networks.items()}
         save({"args": self.config, **states}, self.folder / "actor.pt")
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -937,7 +971,7 @@ def main() -> None:
             train(args)
         else:
             evaluate_run(args)
-    except (UsageError, FloatingPointError) as error:
+    except (UsageError, NotFinite) as error:
         words = " ".join([f"{Path(__file__).name}: {error}", *getattr(error, "__notes__", [])])
         print(" ".join(words.split()), file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -6,7 +6,6 @@ algorithm whose settings differ are told apart by what differs: "KLAC, p_start 0
 """
 
 import itertools
-import json
 import math
 import sys
 from collections import defaultdict
@@ -18,11 +17,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import tyro
 
 from plotting.figures import STYLES
-from plotting.runs import QUANTITIES, label, markdown, read_scalars, settings_of
+from plotting.runs import QUANTITIES, label, markdown, read_args, read_scalars, settings_of
 
 NAMES = {
     "return": "episodic return",
@@ -58,17 +58,19 @@ class Args:
 
 
 def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.DataFrame, dict, dict]:
-    """One run as (binned curves, its row of the summary, its settings). Raises ValueError if it is not finished."""
+    """One run as (binned curves, its row of the summary, its settings). Raises ValueError if it cannot be used."""
     if not (run_dir / "actor.pt").is_file():
         raise ValueError(f"{run_dir}: not the folder of a finished run: it has no actor.pt")
     try:
-        args = json.loads((run_dir / "args.json").read_text())
-        total, warm_up = min(args["total_timesteps"], max_steps or math.inf), args["learning_starts"]
-        labels = {"task": args["env_id"].removeprefix("MinAtar/"), "algorithm": label(args), "seed": args["seed"]}
-        settings = settings_of(args)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run_dir}: args.json is damaged") from error
-    scalars, _ = read_scalars(run_dir)
+        args = read_args(run_dir)
+        scalars, sound = read_scalars(run_dir)
+    except ValueError as error:
+        raise ValueError(f"{run_dir}: {error}") from error
+    if not sound or "eval/episodic_return" not in scalars:  # which a finished run logs last
+        raise ValueError(f"{run_dir}: its scalars are damaged")
+    total, warm_up = min(args["total_timesteps"], max_steps or math.inf), args["learning_starts"]
+    labels = {"task": args["env_id"].removeprefix("MinAtar/"), "algorithm": label(args), "seed": args["seed"]}
+    settings = settings_of(args)
     series = {
         name: pd.Series(scalars[tag][1], scalars[tag][0], dtype=float)[lambda s: s.index < total]
         for name, tag in (QUANTITIES | OPTIONAL).items()
@@ -80,7 +82,8 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
     curves = curves.assign(step=(curves.index + 1) * bin_steps, **labels)[[*labels, "step", *series]]
 
     returns, (_, evaluation) = series["return"], scalars["eval/episodic_return"]
-    hours = scalars["charts/hours"][1][: len(series["alpha"])]
+    hour_steps, hours = scalars.get("charts/hours", (np.empty(0), np.empty(0)))
+    hours = hours[hour_steps < total]
     summary = labels | {
         "steps": total,
         "random": returns[returns.index < warm_up].mean(),
@@ -90,7 +93,7 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
         "Q": series["q"].iloc[-10:].mean(),
         "Q - return": series["q_minus_return"][lambda s: s.index >= 0.9 * total].mean(),
         "alpha": series["alpha"].iloc[-1],
-        "hours": hours[-1],
+        "hours": hours[-1] if len(hours) else math.nan,
     }
     for name in ("entropy", *OPTIONAL):  # over the last 10% too
         summary[name] = series[name][lambda s: s.index >= 0.9 * total].mean() if name in series else math.nan

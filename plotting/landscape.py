@@ -87,8 +87,8 @@ def main(args: Args) -> None:
         env_id = saved.pop("args")["env_id"]
     except Exception as error:  # torch raises a different error for each damage
         raise ValueError(f"{path}: damaged") from error
-    if "critics" not in saved:
-        raise ValueError(f"{path}: holds no critics: it was written before they were saved")
+    if not all("w1" in saved.get(part, {}) for part in ("actor", "critics")):
+        raise ValueError(f"{path}: not of these scripts: it was written before their networks were stacks")
     saved = {part: {k: x.double().numpy() for k, x in state.items()} for part, state in saved.items()}
     if saved["actor"]["w1"].ndim != 3:
         raise ValueError(f"{args.run}: must be a run with continuous actions")

@@ -1,11 +1,11 @@
 """Reads runs, from their folders or from W&B, into two tidy tables: a row a run, and a row a point of its curves."""
 
-import csv
 import hashlib
 import io
 import json
 import math
 import multiprocessing
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,10 @@ FREE = {"seed", "run_name", "exp_name", "track", "wandb_project_name", "wandb_en
 FREE |= {"env_id", "algorithm", "compile", "resume", "checkpoint_interval", "evaluate", "eval_episodes"}
 FREE |= {"log_interval", "torch_deterministic", "reference"}  # the label says whether there is a reference
 KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps"}
-VERSION = 3  # of what is cached
+KINDS = {"env_id": str, "algorithm": str, "seed": int, "total_timesteps": int, "learning_starts": int}  # in args.json
+VERSION = 4  # of what is cached
+HEADER = b"step,tag,value\n"
+ROWS = re.compile(rb'(?:\d{1,15},[^,"\x00-\x1f\x7f-\xff]+,-?(?:\d+(?:\.\d+)?(?:e[+-]\d+)?|inf|nan)\n)*+')
 
 
 @dataclass
@@ -42,57 +45,71 @@ class Run:
     settings: dict | None = None
 
 
+def read_args(run_dir: Path) -> dict:
+    """The arguments of a run. Raises ValueError if they are not those of one."""
+    try:
+        args = json.loads((run_dir / "args.json").read_text())
+    except ValueError as error:
+        raise ValueError("args.json is damaged") from error
+    of_a_run = isinstance(args, dict) and all(type(args.get(name)) is kind for name, kind in KINDS.items())
+    if not of_a_run or args["total_timesteps"] < 1:
+        raise ValueError("args.json is not that of a run")
+    return args
+
+
 def read_scalars(run_dir: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], bool]:
     """All scalars of a run, {tag: (steps, values)}, up to the first row that is damaged, and whether there is none: a
     row that cannot be read, a step before that of the row above, a last row without its end. A run without scalars.csv
     is an older one, and read from its TensorBoard files. Raises ValueError if the header is another."""
     path = run_dir / "scalars.csv"
     if not path.exists():
-        return read_events(run_dir), True
+        return read_events(run_dir)
     content = path.read_bytes()
-    if not content:
+    if HEADER.startswith(content):  # its writer was stopped before the first row
         return {}, True
-    header, columns = b"step,tag,value\n", {"step": np.int64, "tag": "category", "value": np.float64}
-    if not content.startswith(header):
+    if not content.startswith(HEADER):
         raise ValueError("scalars.csv has another header than step,tag,value")
     try:
-        rows = pd.read_csv(io.BytesIO(content), dtype=columns)
-    except ValueError:  # a damaged row: read all as text
-        text = io.StringIO(content[len(header) :].decode(errors="replace"))
-        rows = pd.read_csv(
-            text,
-            dtype=str,
-            names=[*columns, "more"],
-            quoting=csv.QUOTE_NONE,
-            engine="python",
-            on_bad_lines=lambda row: row[:4],
-        )
-        rows["value"] = pd.to_numeric(rows["value"], errors="coerce").where(rows["more"].isna())
-        rows["step"] = pd.to_numeric(rows["step"], errors="coerce")
-    damaged = (rows[list(columns)].isna().any(axis=1) | (rows["step"].diff() < 0)).to_numpy()
-    if len(damaged) and not content.endswith(b"\n"):
-        damaged[-1] = True
-    if damaged.any():
-        rows = rows.iloc[: int(damaged.argmax())]
-    steps, values = rows["step"].to_numpy(np.int64), rows["value"].to_numpy(np.float32)
+        rows = parse(content)
+        sound = content.endswith(b"\n") and not rows.isna().any(axis=None)
+        sound &= not any(byte in content for byte in (b"\0", b"\r", b'"'))  # over which the parser joins rows
+    except (ValueError, OverflowError):
+        sound = False
+    if not sound:  # or a value is nan; the expression is strict, but as slow as the parser
+        end = ROWS.match(content, len(HEADER)).end()
+        rows, sound = parse(content[:end]), end == len(content)
+    backwards = np.diff(rows["step"], prepend=0) < 0
+    if backwards.any():
+        rows, sound = rows.iloc[: backwards.argmax()], False
+    steps, values = rows["step"].to_numpy(), rows["value"].to_numpy(np.float32)
     codes, tags = pd.factorize(rows["tag"])
-    return {tag: (steps[codes == code], values[codes == code]) for code, tag in enumerate(tags)}, not damaged.any()
+    return {tag: (steps[codes == code], values[codes == code]) for code, tag in enumerate(tags)}, sound
 
 
-def read_events(run_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The scalars of a run's TensorBoard files, without what a resumed run took back, by TensorBoard's own reader."""
+def parse(content: bytes) -> pd.DataFrame:
+    return pd.read_csv(io.BytesIO(content), dtype={"step": np.int64, "tag": "category", "value": np.float64})
+
+
+def read_events(run_dir: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], bool]:
+    """The scalars of a run's TensorBoard files, without what a resumed run took back, and whether they are sound.
+    TensorBoard passes over the rest of a damaged file, and says nothing."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
+    sound = True
+    for file in run_dir.glob("events.out.tfevents.*"):
+        read = sum(len(record) + 16 for record in RawEventFileLoader(str(file)).Load())  # bytes, with the frame's 16
+        sound &= file.stat().st_size - read < 200  # a kill tears the last record, which is a scalar's
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    scalars, times = {}, []
-    for tag in events.Tags()["scalars"]:
-        rows = events.Scalars(tag)
-        scalars[tag] = (np.array([row.step for row in rows]), np.array([row.value for row in rows], np.float32))
-        times += [rows[0].wall_time, rows[-1].wall_time]
-    if times:
-        last = max(steps[-1] for steps, _ in scalars.values())
-        scalars.setdefault("charts/hours", (np.array([last]), np.array([(max(times) - min(times)) / 3600])))
-    return scalars
+    rows = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    scalars = {
+        tag: (np.array([row.step for row in part]), np.array([row.value for row in part], np.float32))
+        for tag, part in rows.items()
+    }
+    if part := rows.get("charts/episodic_return"):
+        hours = np.array([row.wall_time - part[0].wall_time for row in part]) / 3600
+        scalars.setdefault("charts/hours", (scalars["charts/episodic_return"][0], hours))
+    return scalars, sound
 
 
 def summarise(name: str, args: dict, scalars: dict, problem: str | None) -> Run:
@@ -130,7 +147,7 @@ def summarise(name: str, args: dict, scalars: dict, problem: str | None) -> Run:
 
 def settings_of(args: dict) -> dict:
     """The arguments that make runs of one task and algorithm seeds of one experiment."""
-    without_bias = not (args.get("bias") and args["beta"])  # has two spellings
+    without_bias = not (args.get("bias") and args.get("beta"))  # has two spellings
     return {k: v for k, v in args.items() if k not in FREE and not (without_bias and k in ("bias", "beta"))}
 
 
@@ -149,28 +166,19 @@ def mean(values: np.ndarray) -> float:
 def read_run(run_dir: Path) -> Run:
     """One run from its folder. What is wrong with it is said in `problem`; with no summary it cannot be used at all."""
     try:
-        args = json.loads((run_dir / "args.json").read_text())
-        kinds = {"env_id": str, "algorithm": str, "seed": int, "total_timesteps": int, "learning_starts": int}
-        if not isinstance(args, dict) or not all(type(args.get(name)) is kind for name, kind in kinds.items()):
-            raise ValueError("args.json is not that of a run")
-    except OSError as error:
-        return Run(run_dir.name, f"cannot be read: {error.strerror}: {error.filename}")
-    except json.JSONDecodeError:
-        return Run(run_dir.name, "args.json is damaged")
-    except ValueError as error:
-        return Run(run_dir.name, str(error))
-    try:
+        args = read_args(run_dir)
         scalars, sound = read_scalars(run_dir)
-        steps, _ = scalars["charts/episodic_return"]
-        problem, finished = None, (run_dir / "actor.pt").exists()
-        if not sound or (finished and "eval/episodic_return" not in scalars):  # which a finished run logs last
-            problem = f"damaged after step {steps[-1]} of {args['total_timesteps']}"
+        finished, problem = (run_dir / "actor.pt").exists(), None
+        sound &= not finished or "eval/episodic_return" in scalars  # which a finished run logs last
+        if missing := [tag for tag in QUANTITIES.values() if tag not in scalars]:
+            return Run(run_dir.name, f"{'too short' if sound else 'damaged'}: it has not logged {missing[0]} yet")
+        place = f"step {scalars['charts/episodic_return'][0][-1]} of {args['total_timesteps']}"
+        if not sound:
+            problem = f"damaged after {place}"
         elif not finished:
-            problem = f"unfinished, at step {steps[-1]} of {args['total_timesteps']}"
+            problem = f"unfinished, at {place}"
         return summarise(run_dir.name, args, scalars, problem)
-    except KeyError as error:
-        return Run(run_dir.name, f"too short: it has not logged {error.args[0]} yet")
-    except Exception as error:  # of pandas or TensorBoard, which raise a different one for each damage
+    except Exception as error:  # of the file system, pandas or TensorBoard, which raise another one for each damage
         return Run(run_dir.name, f"cannot be read: {error}")
 
 
@@ -209,8 +217,9 @@ def read_wandb(project: str) -> list[Run]:
     try:
         found = []
         for run in tqdm(wandb.Api().runs(project), unit="run", disable=None, desc="reading"):
-            history = pd.DataFrame(run.scan_history())
-            scalars = {}
+            history, scalars = pd.DataFrame(run.scan_history()), {}
+            if "charts/hours" not in history and "_timestamp" in history:  # an older run's
+                history["charts/hours"] = (history["_timestamp"] - history["_timestamp"].min()) / 3600
             for tag in (*QUANTITIES.values(), "eval/episodic_return", "charts/hours"):
                 if tag in history:
                     rows = (

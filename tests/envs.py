@@ -5,11 +5,13 @@ import numpy as np
 
 
 class Catch(gym.Env):
-    """A ball falls down a 7 x 7 image; +1 for being under it at the end. A random policy mostly fails."""
+    """A ball falls down a 7 x 7 image; +1 for being under it at the end. A random policy mostly fails. `turned` keeps
+    the channels first in memory, as a wrapper does that turns the images of another environment."""
 
     size = 7
 
-    def __init__(self):
+    def __init__(self, turned=False):
+        self.turned = turned
         self.observation_space = gym.spaces.Box(0, 1, (self.size, self.size, 2), bool)
         self.action_space = gym.spaces.Discrete(3)
 
@@ -17,7 +19,7 @@ class Catch(gym.Env):
         image = np.zeros(self.observation_space.shape, bool)
         image[self.row, self.ball, 0] = True
         image[-1, self.paddle, 1] = True
-        return image
+        return np.moveaxis(np.moveaxis(image, -1, 0).copy(), 0, -1) if self.turned else image
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -156,9 +158,13 @@ class Odd(gym.Env):
     """A point on [-2, 2] that is moved left, not at all or right, and is paid minus its distance from 0; `oddity` says
     what this environment does that others do not."""
 
-    def __init__(self, oddity=None, continuous=False, dtype=np.int64, start=0):
+    def __init__(self, oddity="plain", continuous=False, dtype=np.int64, start=0):
         self.oddity, self.state, self.seen = oddity, np.zeros(2, np.float32), []
         self.observation_space = gym.spaces.Box(-10, 10, (2,), np.float32)
+        if oddity in ("bytes", "wide"):
+            self.observation_space = gym.spaces.Box(0, 255, (2,), np.uint8)
+        if oddity == "least":
+            self.observation_space = gym.spaces.Box(-128, 127, (2,), np.int8)
         discrete = gym.spaces.Discrete(3, start=start, dtype=dtype)
         self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32) if continuous else discrete
 
@@ -166,6 +172,7 @@ class Odd(gym.Env):
         if self.oddity == "alias":
             return self.state  # the array that the next step overwrites
         copies = {"row": self.state[None].copy(), "list": self.state.tolist(), "view": self.state[::-1].copy()[::-1]}
+        copies |= {"wide": np.array([300, -1]), "least": np.array([-128, 127], np.int8)}
         return copies.get(self.oddity, self.state.copy())
 
     def reset(self, *, seed=None, options=None):
@@ -186,6 +193,12 @@ class Odd(gym.Env):
                 self.state[1] = np.nan
             elif self.oddity == "infinite reward":
                 reward = np.inf
+            elif self.oddity == "huge":  # beyond float32, in which observations and rewards are kept
+                return self.state.astype(np.float64) * 1e39, reward, False, False, {}
+            elif self.oddity == "huge reward":
+                reward = 1e39
+            elif self.oddity == "own check":  # as NumPy's after seterr(all="raise")
+                raise FloatingPointError("underflow encountered in multiply")
             elif self.oddity == "broken pipe":
                 raise ConnectionResetError(104, "Connection reset by peer")
         if self.oddity == "two rewards":
@@ -226,6 +239,7 @@ def register() -> None:
     if "Catch-v0" in gym.registry:
         return
     gym.register("Catch-v0", Catch)
+    gym.register("CatchTurned-v0", Catch, kwargs={"turned": True})
     gym.register("Bandit-v0", Bandit)
     gym.register("OneStepTermination-v0", OneStep, kwargs={"ending": "termination"})
     gym.register("OneStepTruncation-v0", OneStep, kwargs={"ending": "truncation"})
@@ -236,10 +250,11 @@ def register() -> None:
     gym.register("Point-v0", Point, max_episode_steps=20)
     gym.register("Drift-v0", Drift, max_episode_steps=8)
     gym.register("Walk-v0", Walk, max_episode_steps=8)
-    kinds = ("alias", "row", "list", "view", "nan", "infinite reward", "broken pipe", "two rewards", None)
+    kinds = ["plain", "alias", "row", "list", "view", "bytes", "wide", "least", "two rewards"]
+    kinds += ["nan", "infinite reward", "huge", "huge reward", "broken pipe", "own check"]
     for kind in kinds:
         for prefix, continuous in (("Odd", False), ("ContinuousOdd", True)):
-            name = f"{prefix}{(kind or 'plain').title().replace(' ', '')}-v0"
+            name = f"{prefix}{kind.title().replace(' ', '')}-v0"
             gym.register(name, Odd, max_episode_steps=20, kwargs={"oddity": kind, "continuous": continuous})
     gym.register("OddInt8-v0", Odd, max_episode_steps=20, kwargs={"dtype": np.int8})
     gym.register("OddStart-v0", Odd, max_episode_steps=20, kwargs={"start": 2})

@@ -46,11 +46,8 @@ def test_the_targets_are_sacs_and_klac_abs(made):
     batch, noise, actor, critics = made
     alpha = torch.tensor(0.3)
     y, plain_y = adaent.td_target(batch, noise, actor, critics, 0.9, alpha)
-    close = {"rtol": 1e-6, "atol": 1e-6}
-    expected = sac_continuous.td_target(batch, noise, actor, twins(critics, 0), 0.9, alpha)
-    torch.testing.assert_close(y, expected, **close)
-    expected = klac_continuous.td_target(batch, noise, actor, twins(critics, 2), 0.9, 0.0)
-    torch.testing.assert_close(plain_y, expected, **close)
+    assert torch.equal(y, sac_continuous.td_target(batch, noise, actor, twins(critics, 0), 0.9, alpha))
+    assert torch.equal(plain_y, klac_continuous.td_target(batch, noise, actor, twins(critics, 2), 0.9, 0.0))
     assert (y - plain_y).abs().max() > 0.01
 
 
@@ -89,6 +86,10 @@ def test_the_similarity_is_the_cosine_over_sampled_actions(made, centred):
                 assert found[i].item() == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-3)
             else:
                 assert found[i].item() == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), abs=1e-5)
+    for weights in critics.parameters():
+        weights[2:] = weights[:2]  # plain critics that are the soft ones
+    same, _ = adaent.similarity(batch, noise, actor, critics, centred)
+    torch.testing.assert_close(same, torch.ones(16), atol=1e-3, rtol=0)
 
 
 def test_uncentred_it_is_the_printed_formula(made):
@@ -110,10 +111,15 @@ def test_the_similarity_is_of_the_target_networks(monkeypatch):
         return real(batch, noise, actor, critics, centred)
 
     targets, real_target = [], adaent.td_target
+    online, real_loss = [], adaent.actor_loss
     monkeypatch.setattr(adaent, "similarity", watch)
     monkeypatch.setattr(adaent, "td_target", lambda *a: targets.append(a[3]) or real_target(*a))
+    monkeypatch.setattr(adaent, "actor_loss", lambda *a: online.append(a[4]) or real_loss(*a))
     adaent.train(adaent.Args(**FLAGS | {"total_timesteps": 120}))
     assert {id(critics) for critics in seen} == {id(critics) for critics in targets}
+    assert {id(critics) for critics in online}.isdisjoint({id(critics) for critics in seen})
+    pairs = zip(online[0].parameters(), seen[0].parameters(), strict=True)
+    assert not any(torch.equal(own, target) for own, target in pairs)
 
 
 def test_the_actor_climbs_the_plain_critic_where_it_is_told_to(made):
@@ -125,7 +131,7 @@ def test_the_actor_climbs_the_plain_critic_where_it_is_told_to(made):
 
     for mask, pair in ((nowhere, twins(critics, 0)), (~nowhere, twins(critics, 2))):
         expected, log_pi = sac_continuous.actor_loss(parameters, batch, noise, actor, pair, alpha)
-        torch.testing.assert_close(loss(mask)[0], expected)
+        assert torch.equal(loss(mask)[0], expected)
         assert torch.equal(loss(mask)[1], log_pi)
 
     half = torch.arange(16) < 8

@@ -16,7 +16,7 @@ from plotting import curves
 
 def finished_run(seed, **flags):
     args = klac_discrete.Args(env_id="Walk-v0", seed=seed, total_timesteps=600, learning_starts=100, **flags)
-    args.log_interval, args.eval_episodes = 20, 1
+    args.log_interval, args.eval_episodes, args.compile = 20, 1, False
     return klac_discrete.train(args)
 
 
@@ -73,7 +73,7 @@ def test_what_only_some_runs_log_is_in_their_rows_alone(scalars):
     flags = {"env_id": "Drift-v0", "total_timesteps": 300, "learning_starts": 100, "log_interval": 20}
     folders = []
     for module in (sac_continuous, sac_adaent_continuous):
-        folders.append(module.train(module.Args(**flags, eval_episodes=1, buffer_size=1000)))
+        folders.append(module.train(module.Args(**flags, eval_episodes=1, buffer_size=1000, compile=False)))
     curves.main(curves.Args(runs=folders, out=Path("out"), bin=100))
     summary = pd.read_csv("out/summary.csv").set_index("algorithm")
     logged = scalars(folders[1])
@@ -127,9 +127,29 @@ def test_wrong_calls_and_damaged_runs_are_refused():
     ):
         with pytest.raises(ValueError, match=word):
             curves.main(curves.Args(runs=[first], out=Path("out"), **flags))
-    args = first / "args.json"
-    for text in ("[1]", "{}", "{"):
-        args.write_text(text)
-        with pytest.raises(ValueError, match=r"args\.json is damaged"):
+    args, rows = first / "args.json", first / "scalars.csv"
+    for text in ("[1]", "{}", "{", json.dumps(json.loads(args.read_text()) | {"env_id": 3})):
+        (copy := Path("copy")).mkdir(exist_ok=True)
+        for file in (first / "actor.pt", rows):
+            shutil.copy(file, copy)
+        (copy / "args.json").write_text(text)
+        with pytest.raises(ValueError, match=r"copy: args\.json is"):
+            curves.main(curves.Args(runs=[copy], out=Path("out")))
+    content = rows.read_bytes()
+    for damage in (content[: len(content) // 2], content.replace(b"\n500,", b"\n5x0,", 1), b""):
+        rows.write_bytes(damage)
+        with pytest.raises(ValueError, match=f"{first}: its scalars are damaged"):
             curves.main(curves.Args(runs=[first], out=Path("out")))
     assert not Path("out").exists()
+
+
+def test_hours_are_those_up_to_the_last_step_that_is_read(scalars):
+    run_dir = finished_run(1)
+    path = run_dir / "scalars.csv"
+    for steps in (600, 300):
+        curves.main(curves.Args(runs=[run_dir], out=Path("out"), bin=200, steps=steps))
+        expected = [value for step, value in scalars(run_dir)["charts/hours"] if step < steps][-1]
+        assert pd.read_csv("out/summary.csv")["hours"].item() == pytest.approx(expected, rel=1e-3)
+    path.write_text("".join(row for row in path.read_text().splitlines(True) if "charts/hours" not in row))
+    curves.main(curves.Args(runs=[run_dir], out=Path("out"), bin=200))
+    assert np.isnan(pd.read_csv("out/summary.csv")["hours"].item())

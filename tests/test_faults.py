@@ -2,15 +2,21 @@
 
 import fcntl
 import importlib
+import io
+import itertools
 import json
 import os
 import random
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -19,11 +25,14 @@ import klac_discrete
 import sac_continuous
 import sac_discrete
 import tests.envs
-from tests.test_resume import FLAGS, TINY, in_a_child, unfinished
+from tests.test_resume import FLAGS, TINY, in_a_child, same_run, unfinished
 from tests.test_runs import SCRIPTS, SHORT
 
 ROOT = Path(__file__).parent.parent
 SETTING = {"env": os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, "text": True}
+DISCRETE = [name for name in SCRIPTS if name.endswith("discrete")]
+SIBLINGS = [pair for pair in itertools.permutations(SCRIPTS, 2) if len({name in DISCRETE for name in pair}) == 1]
+TURNING = "gymnasium.wrappers.TransformObservation"
 
 
 def odd(name, kind):
@@ -43,11 +52,17 @@ def networks_of(run_dir):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_how_an_environment_hands_over_its_observation_changes_nothing(name):
     """Its own array, overwritten at the next step; a list; a view with a negative stride."""
-    plain = networks_of(trained(name, odd(name, "Plain")))
-    for kind in ("Alias", "List"):
-        other = networks_of(trained(name, odd(name, kind)))
+    plain = networks_of(trained(name, odd(name, "Plain"), total_timesteps=400))
+    for kind in ("Alias", "List", "View"):
+        other = networks_of(trained(name, odd(name, kind), total_timesteps=400))
         assert all(torch.equal(plain[key], other[key]) for key in plain), kind
-    assert trained(name, odd(name, "View")).exists()
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_how_an_image_lies_in_memory_changes_nothing(name):
+    """As the images do that are turned, which the refusal of channels first advises."""
+    plain, turned = (networks_of(trained(name, env_id)) for env_id in ("Catch-v0", "CatchTurned-v0"))
+    assert all(torch.equal(plain[key], turned[key]) for key in plain)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -59,17 +74,36 @@ def test_an_observation_of_another_shape_is_refused_with_both(run_script, name):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize(("env_id", "words"), [
-    ("GreyBytes-v0", ["float32 (12, 12, 3)", "uint8"]),
-    ("GreyFirst-v0", ["(3, 24, 32)", "channels last", "gymnasium.wrappers.TransformObservation"]),
-    ("GreyStack-v0", ["(4, 210, 160)", "gymnasium.wrappers.TransformObservation"]),
-    ("OddTwoRewards-v0", ["one number", "array(["]),
+@pytest.mark.parametrize(("name", "env_id", "words"), [
+    *[(name, "GreyBytes-v0", ["float32 (12, 12, 3)", "uint8"]) for name in DISCRETE],
+    *[(name, "GreyFirst-v0", ["(3, 24, 32)", "channels last", TURNING]) for name in DISCRETE],
+    *[(name, "GreyStack-v0", ["(4, 210, 160)", "channels last", TURNING]) for name in DISCRETE],
+    *[(name, odd(name, "TwoRewards"), ["one number", "array(["]) for name in SCRIPTS],
+    *[(name, odd(name, "Bytes"), ["observes float32 (2,)", "Box(0, 255, (2,), uint8)"]) for name in SCRIPTS],
+    *[(name, odd(name, "Wide"), ["Box(0, 255, (2,), uint8)"]) for name in SCRIPTS],
 ])  # fmt: skip
-def test_what_the_spaces_do_not_promise_is_refused(run_script, env_id, words):
-    code, _, err = run_script("sac_discrete", "--env-id", env_id, *SHORT)
+def test_what_the_spaces_do_not_promise_is_refused(run_script, name, env_id, words):
+    code, _, err = run_script(name, "--env-id", env_id, *SHORT)
     assert (code, err.count("\n")) == (2, 1), err
+    assert f"{name}.py: --env-id {env_id}: " in err
     assert all(word in err for word in words), err
     assert not Path("runs").exists()
+
+
+def test_the_least_integer_is_within_its_bounds():
+    env = sac_discrete.make_env(sac_discrete.Args(env_id="OddLeast-v0"))
+    assert env.reset(seed=0)[0].tolist() == [-128, 127]
+
+
+def test_a_reward_may_be_a_tensor_of_one_number(monkeypatch):
+    real = tests.envs.Odd.step
+
+    def step(self, action):
+        obs, reward, *ends = real(self, action)
+        return torch.tensor(obs), torch.tensor(reward), *ends
+
+    monkeypatch.setattr(tests.envs.Odd, "step", step)
+    assert trained("sac_discrete", "OddPlain-v0", total_timesteps=200).exists()
 
 
 def test_an_observation_beyond_its_bounds_is_refused(run_script, monkeypatch):
@@ -97,8 +131,20 @@ def test_action_spaces_of_any_width_and_start_work(monkeypatch):
     assert [action + 2 for action in stored] == seen[: len(stored)]
 
 
-@pytest.mark.parametrize(("kind", "words"), [("Nan", "observation is not finite"), ("InfiniteReward", "reward is inf")])
-@pytest.mark.parametrize("name", ["klac_discrete", "sac_continuous"])
+def numbers_in(saved):
+    """All that a checkpoint holds, by its place in it."""
+    if isinstance(saved, dict | list | tuple):
+        items = saved.items() if isinstance(saved, dict) else enumerate(saved)
+        return {f"{key}/{place}": x for key, value in items for place, x in numbers_in(value).items()}
+    return {"": saved}
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("Nan", "observation is not finite"), ("InfiniteReward", "reward is inf"),
+    ("Huge", "observation is not finite"),
+    ("HugeReward", "reward is "),
+])  # fmt: skip
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_number_that_is_not_finite_stops_the_run_at_its_step(run_script, name, kind, words):
     env_id = odd(name, kind)
     code, _, err = run_script(name, "--env-id", env_id, "--run-name", "it", *FLAGS)
@@ -108,8 +154,9 @@ def test_a_number_that_is_not_finite_stops_the_run_at_its_step(run_script, name,
     state = torch.load("runs/it/checkpoint.pt", weights_only=True)
     assert err.endswith(f"; the last checkpoint is of step {state['step']}\n")
     assert step - 60 < state["step"] <= step
-    numbers = [*state["columns"], *state["actor"].values(), *state["critics"].values()]
-    assert all(torch.isfinite(part).all() for part in numbers)
+    tensors = {place: part for place, part in numbers_in(state).items() if torch.is_tensor(part)}
+    assert len(tensors) > 30
+    assert all(torch.isfinite(part).all() for part in tensors.values())
     code, out, err = run_script(name, "--env-id", env_id, "--run-name", "it", "--resume", *FLAGS)
     assert f"from step {state['step']}" in out
     assert f"at step {step};" in err  # it is the same episode again
@@ -128,13 +175,35 @@ def test_an_error_of_the_environment_keeps_its_traceback_and_gains_the_step():
     assert last[1].endswith(f"the last checkpoint is of step {step}")
 
 
+def test_a_floating_point_error_of_the_environment_keeps_its_traceback_too(run_script):
+    with pytest.raises(FloatingPointError, match="underflow") as raised:
+        run_script("sac_discrete", "--env-id", "OddOwnCheck-v0", "--run-name", "it", *FLAGS)
+    assert raised.traceback[-1].path.name == "envs.py"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_error_of_the_environment_costs_what_follows_the_last_checkpoint_alone(run_script, name):
+    with pytest.raises(ConnectionResetError) as raised:
+        run_script(name, "--env-id", odd(name, "BrokenPipe"), "--run-name", "it", *FLAGS)
+    assert raised.traceback[-1].path.name == "envs.py"
+    saved = torch.load("runs/it/checkpoint.pt", weights_only=True)["step"]
+    (note,) = raised.value.__notes__
+    step = int(note.removeprefix("at step ").split(";")[0])
+    assert note == f"at step {step}; the last checkpoint is of step {saved}"
+    assert 0 <= step - saved < 60
+    with pytest.raises(ConnectionResetError) as raised:
+        run_script(name, "--env-id", odd(name, "BrokenPipe"), "--run-name", "it", "--resume", *FLAGS)
+    assert raised.value.__notes__[0].startswith(f"at step {step}; ")  # it is the same episode again
+
+
 @pytest.mark.parametrize("prefix", ["", "tests.envs:"])
-def test_an_environment_that_cannot_be_made_says_where(run_script, prefix):
-    code, _, err = run_script("sac_discrete", "--env-id", f"{prefix}Refuses-v0", *SHORT)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_environment_that_cannot_be_made_says_where(run_script, name, prefix):
+    code, _, err = run_script(name, "--env-id", f"{prefix}Refuses-v0", *SHORT)
     assert (code, err.count("\n")) == (2, 1)
     assert "AssertionError in envs.py, line " in err
     assert "Nearest" not in err
-    code, _, err = run_script("sac_discrete", "--env-id", f"{prefix}Refuse-v0", *SHORT)
+    code, _, err = run_script(name, "--env-id", f"{prefix}Refuse-v0", *SHORT)
     assert code == 2
     assert "Nearest ids: Refuses-v0" in err
 
@@ -151,7 +220,7 @@ def test_a_folder_has_one_owner_and_its_lock_dies_with_it():
     assert "from step 0" in first.stdout.readline()
     second = subprocess.run(command, **SETTING, capture_output=True, check=False)
     assert (second.returncode, second.stderr.count("\n")) == (2, 1)
-    assert f"--run-name shared: process {first.pid} on " in second.stderr
+    assert f"--run-name shared: process {first.pid} on {socket.gethostname()} is running it" in second.stderr
     assert first.poll() is None
     while not Path("runs/shared/checkpoint.pt").exists():
         time.sleep(0.05)
@@ -169,6 +238,44 @@ def test_a_folder_has_one_owner_and_its_lock_dies_with_it():
     assert torch.load("runs/shared/checkpoint.pt", weights_only=True)["step"] > int(line.split("from step ")[1])
 
 
+def test_a_run_whose_folder_others_ask_for_ends_unharmed(scalars):
+    """Others that come while it runs, and one that came at the same moment."""
+    env_id = f"tests.envs:{SCRIPTS['sac_discrete'][0]}"
+    whole = trained("sac_discrete", env_id, total_timesteps=800)
+    command = command_of("sac_discrete", "--resume", run_name="shared")
+    pair = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **SETTING) for _ in range(2)]
+    while not Path("runs/shared/args.json").exists():
+        assert None in [process.poll() for process in pair]
+        time.sleep(0.01)
+    holder = int(Path("runs/shared/lock").read_text().split()[1])
+    os.kill(holder, signal.SIGSTOP)  # so that the third certainly comes while it runs
+    third = subprocess.run(command, **SETTING, capture_output=True, check=False)
+    os.kill(holder, signal.SIGCONT)
+    assert (third.returncode, third.stderr.count("\n")) == (2, 1)
+    assert f"process {holder} on " in third.stderr
+    errors = {process.pid: process.communicate(timeout=60)[1] for process in pair}
+    assert {process.pid == holder: process.returncode for process in pair} == {True: 0, False: 2}
+    assert errors.pop(holder) == ""
+    (error,) = errors.values()
+    assert f"process {holder} on " in error
+    same_run(scalars, whole, Path("runs/shared"))
+
+
+def test_a_refused_run_leaves_its_folder_free_in_this_process_too():
+    args = unfinished(sac_discrete)
+    with pytest.raises(sac_discrete.UsageError, match="--gamma") as kept:  # as a notebook keeps the last exception
+        sac_discrete.train(replace(args, gamma=0.5))
+    assert sac_discrete.train(args).exists(), kept
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "unlockable"])
+def test_a_folder_that_cannot_be_had_is_refused_in_one_line(run_script, name):
+    Path("runs/unlockable/lock").mkdir(parents=True)
+    code, _, err = run_script("sac_discrete", "--env-id", "Walk-v0", "--run-name", name, *FLAGS, "--resume")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert f"--run-name {name}: " in err
+
+
 def test_a_lock_held_by_another_process_is_refused_in_this_one():
     args = sac_discrete.Args(env_id="Walk-v0", run_name="held", resume=True, **TINY)
     Path("runs/held").mkdir(parents=True)
@@ -178,6 +285,29 @@ def test_a_lock_held_by_another_process_is_refused_in_this_one():
             sac_discrete.train(args)
     assert sac_discrete.train(args).exists()
     assert sac_discrete.train(args).exists()  # a finished run lets go of its lock
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step_is_obeyed_too(number):
+    def stopped_early():
+        real = sac_discrete.film
+        sac_discrete.film = lambda *a: (os.kill(os.getpid(), number), real(*a))[1]
+        with pytest.raises(KeyboardInterrupt):
+            sac_discrete.train(sac_discrete.Args(env_id="Walk-v0", run_name="it", **TINY))
+        assert 0 < torch.load("runs/it/checkpoint.pt", weights_only=True)["step"] <= 8
+
+    assert in_a_child(stopped_early) == 0
+
+
+def test_a_run_under_nohup_goes_on_when_the_terminal_is_closed():
+    command = command_of("sac_discrete", run_name="it")
+    kept = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **SETTING, **kept)
+    assert "from step 0" in process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert Path("runs/it/actor.pt").exists()
 
 
 def test_train_called_in_a_notebook_saves_on_ctrl_c_and_gives_the_handlers_back():
@@ -206,8 +336,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_seen(run_script):
     unfinished(sac_discrete)
     path = Path("runs/unfinished/checkpoint.pt")
     whole, generator = path.read_bytes(), random.Random(0)
-    expected = sac_discrete.load(path.parent)
-    columns = [column.clone() for column in expected["columns"]]
+    expected = numbers_in(torch.load(path, weights_only=True))
     seen = 0
     for _ in range(60):
         place = generator.randrange(len(whole))
@@ -219,9 +348,10 @@ def test_a_flipped_bit_in_a_checkpoint_is_seen(run_script):
         except sac_discrete.UsageError:
             seen += 1
         else:  # it was padding
-            assert all(torch.equal(a, b) for a, b in zip(columns, state["columns"], strict=True))
-            for part in ("actor", "critics", "target_critics"):
-                assert all(torch.equal(expected[part][name], value) for name, value in state[part].items())
+            found = numbers_in(state)
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                assert torch.equal(found[name], value) if torch.is_tensor(value) else found[name] == value, name
     assert seen > 50
     path.write_bytes(whole)
     assert run_script("sac_discrete", "--env-id", "Walk-v0", "--run-name", "unfinished", "--resume", *FLAGS)[0] == 0
@@ -252,12 +382,24 @@ def test_a_checkpoint_that_is_not_this_run_s_is_refused(run_script, change):
     assert "checkpoint.pt: not of this script and task" in err
 
 
-def test_a_checkpoint_of_another_algorithm_is_refused_whatever_its_name(run_script):
-    unfinished(sac_discrete, exp_name="mine")
-    flags = ["--env-id", "Walk-v0", "--run-name", "unfinished", "--resume", "--exp-name", "mine", *FLAGS]
-    code, _, err = run_script("klac_discrete", *flags)
+def test_a_checkpoint_of_another_number_of_actions_is_refused(run_script, monkeypatch):
+    unfinished(sac_discrete)
+    monkeypatch.setattr(tests.envs.Walk, "action_space", gym.spaces.Discrete(4))
+    code, _, err = run_script("sac_discrete", "--env-id", "Walk-v0", "--run-name", "unfinished", "--resume", *FLAGS)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "checkpoint.pt: not of this script and task" in err
+
+
+@pytest.mark.parametrize(("name", "other"), SIBLINGS)
+def test_a_checkpoint_of_another_script_is_refused_whatever_its_name(run_script, name, other):
+    module, env_id = importlib.import_module(name), SCRIPTS[name][0]
+    unfinished(module, exp_name="mine", env_id=env_id)
+    before = {path: path.read_bytes() for path in Path("runs/unfinished").iterdir() if path.name != "lock"}
+    flags = ["--env-id", env_id, "--run-name", "unfinished", "--resume", "--exp-name", "mine", *FLAGS]
+    code, _, err = run_script(other, *flags)
     assert (code, err.count("\n")) == (2, 1)
     assert "runs/unfinished was started with --" in err
+    assert before == {path: path.read_bytes() for path in Path("runs/unfinished").iterdir() if path.name != "lock"}
 
 
 def test_a_clock_that_stands_still_gives_no_error_and_no_negative_speed(scalars, monkeypatch):
@@ -282,6 +424,18 @@ def test_without_a_compiler_a_run_says_so_is_eager_and_stays_so(monkeypatch, cap
         klac_discrete.Run, "compile", lambda self, *f: pytest.fail("compiled") if self.args.compile else f
     )
     assert klac_discrete.train(args).exists()
+
+
+def test_a_machine_without_a_compiler_runs_the_script_eagerly():
+    """As the script's own process meets it, with nothing in torch's cache."""
+    command = [part for part in command_of("klac_discrete", run_name="it") if part != "--no-compile"]
+    nothing = {"PATH": "/nonexistent", "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(Path("cache").resolve())}
+    setting = SETTING | {"env": SETTING["env"] | nothing}
+    result = subprocess.run(command, **setting, capture_output=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (0, 1), result.stderr
+    assert result.stderr.startswith("not compiled, and slower: ")
+    assert "compiling" not in result.stdout
+    assert json.loads(Path("runs/it/args.json").read_text())["compile"] is False
 
 
 def test_a_run_that_was_compiled_is_not_resumed_eagerly(run_script):
@@ -315,6 +469,48 @@ def test_the_rows_that_a_full_disk_refuses_are_written_when_there_is_space():
     assert Path("runs/it/scalars.csv").read_text() == "step,tag,value\n1,a,0.5\n2,a,0.25\n"
 
 
+def test_a_disk_that_is_full_for_a_while_costs_no_row(scalars):
+    whole = trained("sac_discrete", "Walk-v0")
+
+    def train_on_a_disk_that_is_full_for_a_while():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
+        real, calls = sac_discrete.Run.save, []
+
+        def save(self):
+            calls.append(Path("runs/full/scalars.csv").stat().st_size)
+            if len(calls) == 5:
+                assert max(calls) <= 2_000
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            real(self)
+
+        sac_discrete.Run.save = save
+        sac_discrete.train(sac_discrete.Args(env_id="Walk-v0", run_name="full", **TINY))
+
+    assert in_a_child(train_on_a_disk_that_is_full_for_a_while) == 0
+    same_run(scalars, whole, Path("runs/full"))
+
+
+def test_a_run_is_not_finished_before_its_rows_are_written(scalars, monkeypatch):
+    args = unfinished(sac_discrete)
+
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    def finish(self, **networks):
+        self.csv.close()
+        self.csv = Full()
+        real(self, **networks)
+
+    real = sac_discrete.Run.finish
+    with monkeypatch.context() as patch:
+        patch.setattr(sac_discrete.Run, "finish", finish)
+        with pytest.raises(OSError, match="No space left on device"):
+            sac_discrete.train(args)
+    assert not Path("runs/unfinished/actor.pt").exists()
+    assert len(scalars(sac_discrete.train(args))["eval/episodic_return"]) == 1
+
+
 def test_a_buffer_beyond_the_memory_says_what_fits(run_script):
     code, _, err = run_script("sac_continuous", "--env-id", "Humanoid-v5", "--buffer-size", "2000000000", *SHORT[:4])
     assert (code, err.count("\n")) == (2, 1)
@@ -330,9 +526,8 @@ def test_mujoco_is_filmed_without_a_display():
         pytest.skip("no EGL here")
     environment = {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "sac_continuous.py"), "--env-id", "Hopper-v5", "--capture-video", *SHORT]
-    result = subprocess.run(
-        [*command, "--run-name", "it"], env=environment, capture_output=True, text=True, check=False
-    )
+    command += ["--total-timesteps", "60", "--learning-starts", "50", "--eval-episodes", "1", "--run-name", "it"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if "EGL" in result.stderr:
         pytest.skip("EGL does not work here")
     assert result.returncode == 0, result.stderr

@@ -65,8 +65,13 @@ def test_slices_are_the_critics_and_the_policys_density(module):
 
 def test_what_cannot_be_drawn_is_refused_in_one_line():
     run_dir = sac_discrete.train(sac_discrete.Args(env_id="Walk-v0", **FLAGS))
-    foreign = {"args": {"env_id": "nowhere:No-v0"}, "critics": {}, "actor": {"w1": torch.ones(1, 1, 1)}}
-    for name, content in (("empty", None), ("damaged", b"PK"), ("foreign", foreign)):
+    foreign = {
+        "args": {"env_id": "nowhere:No-v0"},
+        "critics": {"w1": torch.ones(2)},
+        "actor": {"w1": torch.ones(1, 1, 1)},
+    }
+    older = foreign | {"actor": {"network.0.weight": torch.ones(1)}}
+    for name, content in (("empty", None), ("damaged", b"PK"), ("foreign", foreign), ("older", older)):
         Path(name).mkdir()
         if isinstance(content, bytes):
             Path(name, "actor.pt").write_bytes(content)
@@ -75,6 +80,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line():
     for flags, word in [
         ([run_dir], "continuous actions"), (["empty"], "finished run"), ([run_dir, "--steps", -1], "--steps"),
         (["damaged"], "actor.pt: damaged"), (["foreign"], "nowhere:No-v0, cannot be made: No module named"),
+        (["older"], "written before their networks were stacks"),
     ]:  # fmt: skip
         result = draw(*flags, "--out", "figures")
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -381,10 +382,13 @@ def test_tracked_run_reaches_wandb_whole_and_labelled(tmp_path, scalars):
         assert counts[tag] == len(values), tag
 
 
-def test_two_tracked_runs_of_one_process_stay_apart(scalars):
+def test_two_tracked_runs_of_one_process_stay_apart_and_a_third_is_not_tracked(scalars, capfd):
     flags = {"total_timesteps": 300, "learning_starts": 100, "log_interval": 50, "eval_episodes": 1, "compile": False}
     tracked = [klac_discrete.Args(env_id="Walk-v0", seed=seed, track=True, **flags) for seed in (1, 2)]
     run_dirs = [klac_discrete.train(args) for args in tracked]
+    capfd.readouterr()
+    klac_discrete.train(replace(tracked[0], track=False))
+    assert "wandb" not in capfd.readouterr().err
     # W&B follows the event file from a thread of its own, and may miss what was written just before its end
     time.sleep(2)
     wandb.finish()
