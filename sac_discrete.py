@@ -891,7 +891,12 @@ def evaluate_run(args: Args) -> None:
     )
     kept = ("seed", "eval_episodes", "capture_video", "evaluate")
     own = {name: getattr(args, name) for name in kept}
-    args = replace(args, **{name: value for name, value in state["args"].items() if name in asdict(args)} | own)
+    of_run = {name: value for name, value in state["args"].items() if name in asdict(args)}
+    for name, value in asdict(args).items():
+        valid = name in kept or value in (getattr(Args, name), of_run.get(name))
+        words = f"not with --evaluate, which plays the run as it was trained, with {of_run.get(name)}"
+        require(valid, f"--{name.replace('_', '-')} {value}: {words}")
+    args = replace(args, **of_run | own)
     check_flags(args)
     actor = load_actor("evaluate", args.evaluate, args, make_env(args))
     for name in ("deterministic", "stochastic"):

@@ -1,8 +1,8 @@
 """Learning curves of finished runs: python -m plotting.curves --out results/NAME runs/A runs/B ...
 
-Writes curves.csv (binned returns, Q values, alpha, entropy), summary.csv (a row a run) and curves.png into --out, and
-prints the summary as Markdown. `--redraw` does so from the two tables in --out instead, without any run. Runs of one
-algorithm whose settings differ are told apart by what differs: "KLAC, p_start 0.5" and "KLAC, p_start 0.8".
+Writes curves.csv (binned returns, Q values, alpha, entropy), summary.csv (a row a run), curves.pdf and .png into --out,
+and prints the summary as Markdown. `--redraw` does so from the two tables in --out instead, without any run. Runs of
+one algorithm whose settings differ are told apart by what differs: "KLAC, p_start 0.5" and "KLAC, p_start 0.8".
 """
 
 import itertools
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from plotting.figures import STYLES
+from plotting.figures import STYLES, styles_of
 from plotting.runs import QUANTITIES, label, markdown, read_args, read_scalars, settings_of
 
 NAMES = {
@@ -43,8 +43,8 @@ OPTIONAL |= {"twin_similarity": "adaent/twin_similarity", "plain_share": "adaent
 class Args:
     runs: Annotated[list[Path], tyro.conf.Positional] = field(default_factory=list)
     """folders of finished runs"""
-    out: Path = Path("results/curves")
-    """folder of curves.csv, summary.csv and curves.png"""
+    out: Path = Path("figures")
+    """folder of tables and figure"""
     bin: int = 10_000
     """steps whose episodes are averaged into one point"""
     show: tuple[
@@ -79,7 +79,7 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
     if missing := [name for name in QUANTITIES if name not in series or series[name].empty]:
         raise ValueError(f"{run_dir}: too short, or cut too short: it has no {', '.join(missing)}")
     curves = pd.DataFrame({name: values.groupby(values.index // bin_steps).mean() for name, values in series.items()})
-    curves = curves.assign(step=(curves.index + 1) * bin_steps, **labels)[[*labels, "step", *series]]
+    curves = curves.assign(step=np.minimum((curves.index + 1) * bin_steps, total), **labels)[[*labels, "step", *series]]
 
     returns, (_, evaluation) = series["return"], scalars["eval/episodic_return"]
     hour_steps, hours = scalars.get("charts/hours", (np.empty(0), np.empty(0)))
@@ -114,14 +114,27 @@ def tell_apart(runs: list[tuple[pd.DataFrame, dict, dict]]) -> None:
         summary["algorithm"] = curves["algorithm"] = ", ".join([summary["algorithm"], *values])
 
 
-def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], path: Path) -> None:
+def swept(algorithms: list[str]) -> dict:
+    """{algorithm: (colour, line)}: settings that differ in one number are one sequence of colours; other algorithms
+    have their own (KLAC-b, which is beta 0, too)."""
+    styles, numbers = styles_of(algorithms), defaultdict(list)
+    for name in algorithms:
+        stem, _, value = name.rpartition(" ")
+        if name not in STYLES and value.replace(".", "", 1).replace("e-", "", 1).isdecimal():
+            numbers[stem].append((float(value), name))
+    for place, sweep in enumerate(numbers.values()):
+        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(sweep)))
+        for (_, name), shade in zip(sorted(sweep), shades, strict=True):
+            styles[name] = (shade, ("-", "--", "-.", ":")[place % 4])
+    return styles
+
+
+def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], folder: Path) -> None:
     """A column a task, a row a quantity: each seed a thin line, their mean a thick one, the random policy grey."""
     tasks = list(dict.fromkeys(curves["task"]))
     size = (4.2 * len(tasks), 2.6 * len(show) + 0.4)
     figure, axes = plt.subplots(len(show), len(tasks), figsize=size, squeeze=False, sharex="col", layout="constrained")
-    algorithms = sorted(set(curves["algorithm"]))
-    others = itertools.cycle([style for name, style in STYLES.items() if name not in algorithms] or STYLES.values())
-    styles = {name: STYLES[name] if name in STYLES else next(others) for name in algorithms}
+    styles, lines = swept(sorted(set(curves["algorithm"]))), {}
     for (row, quantity), (column, task) in itertools.product(enumerate(show), enumerate(tasks)):
         axis = axes[row, column]
         for algorithm, (colour, line) in styles.items():
@@ -130,7 +143,7 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], pat
             if seeds.empty:
                 continue
             style = {"color": colour, "linestyle": line}
-            axis.plot(seeds.index / 1e3, seeds.mean(axis=1), **style, label=f"{algorithm} (n={seeds.shape[1]})")
+            (lines[algorithm],) = axis.plot(seeds.index / 1e3, seeds.mean(axis=1), **style)
             if seeds.shape[1] > 1:
                 axis.plot(seeds.index / 1e3, seeds, **style, linewidth=0.6, alpha=0.5)
             if quantity == "kl" and "target_kl" in curves:
@@ -138,17 +151,26 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], pat
                 axis.plot(budget.index / 1e3, budget, color="black", linewidth=0.8)
         if quantity == "return":
             random = summary[summary["task"] == task]["random"].mean()
-            axis.axhline(random, color="0.5", linewidth=1, label="random policy")
+            lines["random policy"] = axis.axhline(random, color="0.5", linewidth=1)
         if quantity == "alpha":
             axis.set_yscale("log")
         axis.set_ylabel(NAMES[quantity])
         axis.spines[["top", "right"]].set_visible(False)
         if row == 0:
             axis.set_title(task)
-            axis.legend(fontsize=8, framealpha=0.9, edgecolor="none")
         if row == len(show) - 1:
             axis.set_xlabel("environment steps (thousands)")
-    figure.savefig(path, dpi=160)
+    counts = curves.groupby(["algorithm", "task"])["seed"].nunique().groupby("algorithm").agg(["min", "max"])
+    labels = {name: f"{name} (n={'-'.join(map(str, sorted(set(counts.loc[name]))))})" for name in counts.index}
+    title = "thin: a seed; thick: their mean"
+    figure.legend(
+        [lines[name] for name in [*styles, *(lines.keys() - styles)]],
+        [labels.get(name, name) for name in [*styles, *(lines.keys() - styles)]],
+        **{"loc": "outside lower center", "ncols": max(1, 2 * len(tasks)), "frameon": False, "title": title},
+    )
+    for suffix in ("pdf", "png"):
+        metadata = {"CreationDate": None} if suffix == "pdf" else None
+        figure.savefig(folder / f"curves.{suffix}", dpi=160, metadata=metadata)
     plt.close(figure)
 
 
@@ -177,7 +199,7 @@ def main(args: Args) -> None:
         curves.to_csv(args.out / "curves.csv", index=False, float_format="%.5g")
         summary.to_csv(args.out / "summary.csv", index=False, float_format="%.4g")
         curves, summary = pd.read_csv(args.out / "curves.csv"), pd.read_csv(args.out / "summary.csv")
-    draw(curves, summary, args.show, args.out / "curves.png")
+    draw(curves, summary, args.show, args.out)
     print(markdown(summary))
 
 

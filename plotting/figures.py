@@ -1,10 +1,13 @@
 """Draws the paper's figures 1 to 6 from finished runs, and a seventh of Q minus return, with their numbers.
 
-    python -m plotting.figures runs/* --out results/figures            all seven
-    python -m plotting.figures runs/* --out results/figures --only 1 3
-    python -m plotting.figures --wandb entity/klac --out results/figures
-    python -m plotting.figures runs/new* --keep --out results/figures  those runs, and the ones in the tables in --out
-    python -m plotting.figures --redraw --out results/figures          again, from the tables in --out, without runs
+    python -m plotting.figures runs/*                        all seven, into figures/
+    python -m plotting.figures runs/* --only 1 3 --where beta=0.1
+    python -m plotting.figures --wandb entity/klac
+    python -m plotting.figures runs/new* --keep --out OLD    those runs, and the ones in the tables in OLD
+    python -m plotting.figures --redraw --out OLD            again, from the tables in OLD, without runs
+
+Runs that differ in their settings are not mixed: of each task the largest set that belongs together is drawn, and the
+others are named; --where KEY=VALUE chooses. A fork, with its own file name or --exp-name, is an algorithm of its own.
 
 Writes figureN.pdf, .png and .csv, and what all are drawn from: summary.csv (a row a run), curves.csv, and table.md and
 table.csv (a row a task and algorithm). A run's score is the mean of its ten best training episodes; normalised, it is
@@ -12,6 +15,7 @@ table.csv (a row a task and algorithm). A run's score is the mean of its ten bes
 one seed has none, and those of two or three are too narrow.
 """
 
+import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +46,7 @@ STYLES = {
     "KLAC-ab": ("#E69F00", (0, (5, 1))),
     "SAC-AdaEnt": ("#56B4E9", (0, (1, 1))),
 }
+OTHERS = [("#000000", "-"), ("#8C564B", "--"), ("#7F7F7F", "-."), ("#6A3D9A", ":")]
 SMOOTHING = 9  # points of a curve (of 200) that are averaged into one
 
 
@@ -49,12 +54,14 @@ SMOOTHING = 9  # points of a curve (of 200) that are averaged into one
 class Args:
     runs: Annotated[list[Path], tyro.conf.Positional] = field(default_factory=list)
     """folders of runs"""
-    out: Path = Path("results/figures")
+    out: Path = Path("figures")
     """folder of figures and tables"""
     only: tuple[Literal[1, 2, 3, 4, 5, 6, 7], ...] = (1, 2, 3, 4, 5, 6, 7)
     """figures to draw"""
     wandb: str | None = None
     """read the runs of this W&B project, entity/project, as well"""
+    where: tuple[str, ...] = ()
+    """draw only the runs of which this is true, KEY=VALUE of their args.json (of those that have such a key)"""
     unfinished: bool = False
     """use unfinished and damaged runs too, as far as they go"""
     keep: bool = False
@@ -63,8 +70,14 @@ class Args:
     """draw from the tables in --out"""
 
 
+def styles_of(names) -> dict:
+    """{algorithm: (colour, line)}: the paper's variants have their own, forks and others take what follows."""
+    others = sorted(set(names) - STYLES.keys())
+    return {k: v for k, v in STYLES.items() if k in set(names)} | dict(zip(others, itertools.cycle(OTHERS)))
+
+
 def algorithms_of(table: pd.DataFrame) -> list[str]:
-    return [name for name in STYLES if name in set(table["algorithm"])]
+    return list(styles_of(table["algorithm"]))
 
 
 def present(table: pd.DataFrame, tasks: list[str]) -> list[str]:
@@ -91,9 +104,11 @@ def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: s
     """A panel a (task, quantity); a line an algorithm, with its interval or its standard deviation."""
     names = {"return": "episodic return", "q": "mean Q of a batch", "entropy": "entropy (nats)"}
     names["q_minus_return"] = "Q minus return"
+    longest = curves["step"].max()
+    unit, unit_name = (1e6, "millions") if longest >= 1e6 else (1e3, "thousands")
     size = (max(2.2 * len(grid[0]), 3.4), 1.9 * len(grid) + 0.7)
     figure, axes = plt.subplots(len(grid), len(grid[0]), figsize=size, squeeze=False, layout="constrained")
-    numbers, lines = [], {}
+    numbers, lines, styles = [], {}, styles_of(curves["algorithm"])
     for axis in axes.flat[sum(map(len, grid)) :]:
         axis.axis("off")
     for row, panels in enumerate(grid):
@@ -105,15 +120,15 @@ def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: s
                 if table.empty:
                     continue
                 numbers.append(table)
-                colour, line = STYLES[algorithm]
-                x = table["step"] / 1e6
+                colour, line = styles[algorithm]
+                x = table["step"] / unit
                 (lines[algorithm],) = axis.plot(x, table["mean"], color=colour, linestyle=line)
                 ends = (table["low"], table["high"])
                 if band == "sd":
                     ends = (table["mean"] - table["sd"], table["mean"] + table["sd"])
                 axis.fill_between(x, *ends, color=colour, alpha=0.2, linewidth=0)
             axis.set(title=task, ylabel=names[quantity] if column == 0 or panels[column - 1][1] != quantity else None)
-            axis.set(xlabel="environment steps (millions)", xlim=(0, None))
+            axis.set(xlabel=f"environment steps ({unit_name})", xlim=(0, None))
             if quantity in ("q", "q_minus_return") and task in MINATAR:  # SAC's may be a hundred times KLAC's
                 axis.set_yscale("symlog", linthresh=1)
                 axis.yaxis.set_major_locator(SymmetricalLogLocator(linthresh=1, base=10, subs=(1, 3)))
@@ -123,17 +138,26 @@ def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: s
         plt.close(figure)
         raise ValueError(f"runs too short for {SMOOTHING} points in a row")
     drawn = curves[curves["task"].isin([task for panels in grid for task, _ in panels])]
-    names = [name for name in STYLES if name in lines]
+    names = [name for name in styles if name in lines]
     labels = [f"{name} ({seeds_of(drawn[drawn['algorithm'] == name])})" for name in names]
-    columns = min(len(names), len(grid[0]) + (len(grid[0]) < 3))
-    figure.legend([lines[name] for name in names], labels, loc="outside lower center", ncols=columns, frameon=False)
+    spread = "standard deviation" if band == "sd" else "95% interval"
+    title = f"mean and {spread}\nover seeds; {SMOOTHING} of 200\npoints averaged into one"
+    legend = {"handles": [lines[name] for name in names], "labels": labels, "title": title, "frameon": False}
+    empty = axes.flat[sum(map(len, grid)) :]
+    if len(empty):
+        empty[0].legend(**legend, loc="center", alignment="left")
+    else:
+        columns = min(len(names), len(grid[0]) + (len(grid[0]) < 3))
+        legend["title"] = title.replace("\n", " ")
+        figure.legend(**legend, loc="outside lower center", ncols=columns)
     return figure, pd.concat(numbers)
 
 
 def figure_1(summary, curves):
     """Mean, IQM and median of the normalised scores over the MuJoCo tasks."""
     scores, left_out = normalise(summary[summary["task"].isin(MUJOCO)])
-    names = [name for name in STYLES if name in scores]
+    styles = styles_of(scores)
+    names = list(styles)
     size = (7.0, 0.45 * len(names) + 1.1)
     figure, axes = plt.subplots(1, 3, figsize=size, sharex=True, sharey=True, layout="constrained")
     numbers = []
@@ -141,7 +165,7 @@ def figure_1(summary, curves):
         for place, name in enumerate(names):
             samples = list(scores[name].values())
             value, (low, high) = float(function(*samples)), interval(samples, function)
-            colour = STYLES[name][0]
+            colour = styles[name][0]
             axis.plot([low, high], [place, place], color=colour, linewidth=7, alpha=0.35, solid_capstyle="butt")
             axis.plot(value, place, marker="o", color=colour)
             runs = sorted(len(sample) for sample in samples)
@@ -175,13 +199,13 @@ def figure_4(summary, curves):
     thresholds = np.linspace(0, 1.05 * highest, 201)
     figure, axis = plt.subplots(figsize=(4.2, 2.9), layout="constrained")
     numbers = []
-    for name in [name for name in STYLES if name in scores]:
+    for name, (colour, line) in styles_of(scores).items():
         samples = list(scores[name].values())
         share, (low, high) = performance_profile(samples, thresholds), profile_interval(samples, thresholds)
         n = seeds_of(summary[summary["task"].isin(scores[name]) & (summary["algorithm"] == name)])
         label = f"{name} ({len(samples)} of {len(MINATAR)} games, {n})"
-        axis.plot(thresholds, share, color=STYLES[name][0], linestyle=STYLES[name][1], label=label)
-        axis.fill_between(thresholds, low, high, color=STYLES[name][0], alpha=0.2, linewidth=0)
+        axis.plot(thresholds, share, color=colour, linestyle=line, drawstyle="steps-post", label=label)
+        axis.fill_between(thresholds, low, high, step="post", color=colour, alpha=0.2, linewidth=0)
         numbers.append(pd.DataFrame({"threshold": thresholds, "share": share, "low": low, "high": high}))
         numbers[-1]["algorithm"] = name
     axis.set(xlabel=r"$\tau$: (score - random) / (SAC's mean score - random)")
@@ -238,7 +262,9 @@ def main(args: Args) -> None:
         if missing := [str(run) for run in args.runs if not run.is_dir()]:
             raise ValueError(f"{missing[0]}: not a folder")
         runs = (read_folders(args.runs) if args.runs else []) + (read_wandb(args.wandb) if args.wandb else [])
-        summary, curves = tables(runs, args.unfinished)
+        if wrong := [where for where in args.where if "=" not in where]:
+            raise ValueError(f"--where {wrong[0]}: must be KEY=VALUE")
+        summary, curves = tables(runs, args.unfinished, args.where)
         if args.keep:
             summary, curves = add_kept(summary, curves, args.out)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -246,11 +272,8 @@ def main(args: Args) -> None:
         curves.to_csv(args.out / "curves.csv", index=False, float_format="%.4g")
     summary, curves = (pd.read_csv(args.out / name) for name in ("summary.csv", "curves.csv"))
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
-    if extra := sorted(set(summary["algorithm"]) - STYLES.keys()):
-        print(f"in the tables and in no figure: {', '.join(extra)}")
-    shown, shown_curves = (rows[rows["algorithm"].isin(STYLES)] for rows in (summary, curves))
     for number in args.only:
-        here = shown[shown["task"].isin(NEEDS[number])]
+        here = summary[summary["task"].isin(NEEDS[number])]
         absent = [task for task in NEEDS[number] if task not in set(here["task"])]
         if number in (1, 4):
             absent += [f"{task} (by SAC, better than random)" for task in normalise(here)[1]]
@@ -260,7 +283,7 @@ def main(args: Args) -> None:
             continue
         with plt.rc_context(style):
             try:
-                figure, numbers = FIGURES[number](shown, shown_curves)
+                figure, numbers = FIGURES[number](summary, curves)
             except ValueError as error:
                 print(f"figure {number}: {error}")
                 continue

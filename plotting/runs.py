@@ -27,9 +27,10 @@ QUANTITIES = {
 FREE = {"seed", "run_name", "exp_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "cuda"}
 FREE |= {"env_id", "algorithm", "compile", "resume", "checkpoint_interval", "evaluate", "eval_episodes"}
 FREE |= {"log_interval", "torch_deterministic", "reference"}  # the label says whether there is a reference
+SCRIPTS = ("klac_discrete", "sac_discrete", "klac_continuous", "sac_continuous", "sac_adaent_continuous")
 KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps"}
 KINDS = {"env_id": str, "algorithm": str, "seed": int, "total_timesteps": int, "learning_starts": int}  # in args.json
-VERSION = 4  # of what is cached
+VERSION = 5  # of what is cached
 HEADER = b"step,tag,value\n"
 ROWS = re.compile(rb'(?:\d{1,15},[^,"\x00-\x1f\x7f-\xff]+,-?(?:\d+(?:\.\d+)?(?:e[+-]\d+)?|inf|nan)\n)*+')
 
@@ -153,10 +154,11 @@ def settings_of(args: dict) -> dict:
 
 def label(args: dict) -> str:
     """SAC, KLAC, KLAC-a, KLAC-b or KLAC-ab by the run's arguments: with beta 0 there is no bias, whatever the flag.
-    With an earlier run as q, that and `+ reference`."""
+    With an earlier run as q, that and `+ reference`; of another script or --exp-name, that and its name: a fork."""
     without_bias = {"KLAC": "KLAC-b", "KLAC-a": "KLAC-ab"} if args.get("beta") == 0 else {}
     name = without_bias.get(args["algorithm"], args["algorithm"])
-    return f"{name} + reference" if args.get("reference") else name
+    name += " + reference" if args.get("reference") else ""
+    return name if args.get("exp_name", SCRIPTS[0]) in SCRIPTS else f"{name} ({args['exp_name']})"
 
 
 def mean(values: np.ndarray) -> float:
@@ -238,29 +240,32 @@ def read_wandb(project: str) -> list[Run]:
         raise ValueError(f"--wandb {project}: {error}") from error
 
 
-def tables(runs: list[Run], unfinished: bool, say=print) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The summary (a row a run) and the curves (POINTS rows a run) of the runs that can be used. Each other one is said
-    by name. Raises ValueError if none is left, or if runs are not to be compared."""
-    used, settings, tasks = {}, {}, {}
+def tables(runs: list[Run], unfinished: bool, where=(), say=print) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The summary (a row a run) and the curves (POINTS rows a run) of the runs that belong together: each `where`,
+    KEY=VALUE, is true of those that have the setting, and of runs that differ the largest set of each task is taken.
+    Each run that is left out is said by name, with the reason. Raises ValueError if none is left."""
+    chosen = []
     for run in sorted(runs, key=lambda run: run.problem is not None):  # of two, the finished one is used
         if run.problem and (run.summary is None or not unfinished):
             say(f"left out: {run.name}: {run.problem}")
-            continue
-        if run.problem:
-            say(f"used as far as it goes: {run.name}: {run.problem}")
-        task, algorithm, seed = (run.summary[column] for column in ("task", "algorithm", "seed"))
-        if (task, algorithm, seed) in used:
-            say(f"left out: {run.name}: the same task, algorithm and seed as {used[task, algorithm, seed].name}")
-            continue
-        first = settings.setdefault((task, algorithm), run)
-        if different := [key for key, value in first.settings.items() if run.settings.get(key) != value]:
-            raise ValueError(f"{run.name} is another experiment than {first.name}: {', '.join(different)} differ")
+        elif other := [w for w in where if w.partition("=")[0] in run.settings and not holds(w, run.settings)]:
+            say(f"left out: {run.name}: not --where {other[0]}")
+        else:
+            chosen.append(run)
+            if run.problem:
+                say(f"used as far as it goes: {run.name}: {run.problem}")
+    used = {}
+    for task in dict.fromkeys(run.summary["task"] for run in chosen):
+        here = [run for run in chosen if run.summary["task"] == task]
         # Algorithms differ in flags of their own; what they share must be the same on a task
-        other = tasks.setdefault(task, run)
-        common = (run.settings.keys() & other.settings.keys()) - KLACS_OWN
-        if different := sorted(key for key in common if run.settings[key] != other.settings[key]):
-            raise ValueError(f"{run.name} is not to be compared with {other.name}: {', '.join(different)} differ")
-        used[task, algorithm, seed] = run
+        shared = set.intersection(*(set(run.settings) for run in here)) - KLACS_OWN
+        here = largest_set(here, shared, say)
+        for algorithm in dict.fromkeys(run.summary["algorithm"] for run in here):
+            of_it = [run for run in here if run.summary["algorithm"] == algorithm]
+            for run in largest_set(of_it, set().union(*(run.settings for run in of_it)), say):
+                first = used.setdefault((task, algorithm, run.summary["seed"]), run)
+                if first is not run:
+                    say(f"left out: {run.name}: the same task, algorithm and seed as {first.name}")
     if not used:
         raise ValueError("no run is left to draw")
     ordered = [used[key] for key in sorted(used)]
@@ -268,6 +273,30 @@ def tables(runs: list[Run], unfinished: bool, say=print) -> tuple[pd.DataFrame, 
     labels = ["task", "algorithm", "seed"]
     curves = pd.concat([pd.DataFrame({**{k: r.summary[k] for k in labels}, **r.curves}) for r in ordered])
     return summary, curves.reset_index(drop=True)
+
+
+def holds(condition: str, settings: dict) -> bool:
+    """Whether "KEY=VALUE" is true of the settings: beta=0.1 is of 0.1 and 1e-1, bias=False of false."""
+    key, _, value = condition.partition("=")
+    try:
+        return float(value) == float(settings[key])
+    except (TypeError, ValueError):
+        return value.lower() == str(settings[key]).lower()
+
+
+def largest_set(runs: list[Run], keys: set[str], say) -> list[Run]:
+    """The most runs that agree in these settings (of sets as large, that of the longest runs)."""
+    sets = {}
+    for run in runs:
+        sets.setdefault(repr([run.settings.get(key) for key in sorted(keys)]), []).append(run)
+    taken = max(sets.values(), key=lambda alike: (len(alike), alike[0].summary["budget"]))
+    for run in runs:
+        if run not in taken:
+            ours, theirs = run.settings, taken[0].settings
+            differing = [key for key in sorted(keys) if ours.get(key) != theirs.get(key)]
+            words = ", ".join(f"{key} {ours.get(key)}, not {theirs.get(key)}" for key in differing)
+            say(f"left out: {run.name}: {words} (--where {differing[0]}={ours.get(differing[0])} draws such runs)")
+    return taken
 
 
 def add_kept(summary: pd.DataFrame, curves: pd.DataFrame, out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

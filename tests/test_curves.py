@@ -48,6 +48,7 @@ def test_tables_and_figure_follow_from_the_runs(scalars):
     shutil.rmtree("runs")
     curves.main(curves.Args(redraw=True, out=Path("out")))
     assert Path("out/curves.png").read_bytes() == drawn
+    assert Path("out/curves.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_runs_with_a_reference_stand_beside_those_without(scalars):
@@ -153,3 +154,19 @@ def test_hours_are_those_up_to_the_last_step_that_is_read(scalars):
     path.write_text("".join(row for row in path.read_text().splitlines(True) if "charts/hours" not in row))
     curves.main(curves.Args(runs=[run_dir], out=Path("out"), bin=200))
     assert np.isnan(pd.read_csv("out/summary.csv")["hours"].item())
+
+
+def test_a_swept_number_is_one_sequence_of_colours_and_no_variants_colour():
+    styles = curves.swept(["KLAC, beta 0.03", "KLAC, beta 0.1", "KLAC, beta 0.001", "KLAC-b", "SAC"])
+    assert styles["SAC"] == curves.STYLES["SAC"]
+    assert styles["KLAC-b"] == curves.STYLES["KLAC-b"]
+    shades = [sum(styles[f"KLAC, beta {beta}"][0][:3]) for beta in ("0.001", "0.03", "0.1")]
+    assert shades == sorted(shades)  # from dark to light
+    assert len(set(shades)) == 3
+
+
+def test_no_bin_ends_beyond_the_run():
+    table, _, _ = curves.read_run(finished_run(1), 250, None)
+    total = json.loads((finished_run(1) / "args.json").read_text())["total_timesteps"]
+    assert total % 250 != 0
+    assert table["step"].iloc[-1] == total

@@ -101,12 +101,12 @@ def test_throughput_writes_its_tables(tmp_path):
         assert own >= {"sac_discrete", "klac_discrete", "sac_continuous", "klac_continuous"}
 
 
-def test_the_committed_tables_are_what_the_readme_says():
+def test_the_committed_tables_are_what_the_documentation_says():
     with (ROOT / "results/throughput_one_core/rates.csv").open() as file:
         rates = {(r["task"], r["contestant"]): float(r["steps_per_second"]) for r in csv.DictReader(file)}
     names = {"stable_baselines3": "Stable-Baselines3 2.9 SAC", "sbx": "SBX 0.28 SAC (JAX)"}
     names["benchmark.plain_sac_discrete"] = "the loop as one first writes it"
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs/performance.md").read_text()
     for (task, contestant), rate in rates.items():
         if task != "floor" and "_37b34a3" not in contestant:
-            assert f"| {names.get(contestant, f'`{contestant}.py`')} | {rate:.0f} |" in readme
+            assert f"| {names.get(contestant, f'`{contestant}.py`')} | {rate:.0f} |" in page

@@ -272,25 +272,49 @@ def test_runs_that_cannot_be_used_are_named(capsys):
         runs.tables([cut], unfinished=False)
 
 
-def test_runs_that_are_not_to_be_compared_are_refused(capsys):
-    first = runs.read_run(short_run(sac_discrete, 1, "first"))
-    twin = runs.read_run(short_run(sac_discrete, 1, "twin"))
-    assert len(runs.tables([first, twin], False)[0]) == 1
-    assert "left out: twin: the same task, algorithm and seed as first" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="gamma differ"):
-        runs.tables([first, runs.read_run(short_run(sac_discrete, 2, "other", gamma=0.9))], False)
-    with pytest.raises(ValueError, match="not to be compared with first: gamma differ"):
-        runs.tables([first, runs.read_run(short_run(klac_discrete, 1, "other-klac", gamma=0.9))], False)
-    pair = [runs.read_run(short_run(klac_discrete, 1, "flag", bias=False)),
-            runs.read_run(short_run(klac_discrete, 2, "zero", beta=0.0))]  # fmt: skip
-    assert len(runs.tables([*pair, first], False)[0]) == 3  # the same experiment in two spellings
+def test_runs_that_differ_are_not_mixed_and_the_largest_set_is_drawn(capsys):
+    def read(script, seed, name, **flags):
+        return runs.read_run(short_run(script, seed, name, **flags))
+
+    def drawn(*given, **options):
+        summary, _ = runs.tables([*given], False, **options)
+        return sorted(summary[["algorithm", "seed"]].itertuples(index=False, name=None)), capsys.readouterr().out
+
+    first, twin, second = read(sac_discrete, 1, "first"), read(sac_discrete, 1, "twin"), read(sac_discrete, 2, "second")
+    assert drawn(first, twin) == ([("SAC", 1)], "left out: twin: the same task, algorithm and seed as first\n")
+    trial, klac_trial = read(sac_discrete, 2, "trial", gamma=0.9), read(klac_discrete, 1, "klac-trial", gamma=0.9)
+    words = "left out: trial: gamma 0.9, not 0.99 (--where gamma=0.9 draws such runs)\n"
+    assert drawn(trial, first, second) == ([("SAC", 1), ("SAC", 2)], words)
+    found, said = drawn(klac_trial, first, second)  # of other algorithms too
+    assert found == [("SAC", 1), ("SAC", 2)]
+    assert "left out: klac-trial: gamma 0.9, not 0.99" in said
+    found, said = drawn(trial, klac_trial, first, second, where=["gamma=0.90"])
+    assert found == [("KLAC", 1), ("SAC", 2)]
+    assert said == "left out: first: not --where gamma=0.90\nleft out: second: not --where gamma=0.90\n"
+    longer = read(sac_discrete, 2, "longer", total_timesteps=700)
+    assert "left out: first: total_timesteps 600, not 700" in drawn(first, longer)[1]  # one each: the longer
+    pair = read(klac_discrete, 1, "flag", bias=False), read(klac_discrete, 2, "zero", beta=0.0)
+    assert len(drawn(*pair, first)[0]) == 3  # the same experiment in two spellings
+    beta = read(klac_discrete, 1, "beta", beta=0.5)
+    found, _ = drawn(first, beta, read(klac_discrete, 1, "default"), where=["beta=0.5"])
+    assert found == [("KLAC", 1), ("SAC", 1)]  # which has no beta
     shutil.copytree("runs/first", "runs/copy")
     Path("runs/copy/actor.pt").unlink()
-    unfinished = runs.read_run(Path("runs/copy"))
-    runs.tables([unfinished, first], True)
+    runs.tables([runs.read_run(Path("runs/copy")), first], True)
     assert "left out: copy: the same task, algorithm and seed as first" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="total_timesteps differ"):
-        runs.tables([first, runs.read_run(short_run(klac_discrete, 1, "longer", total_timesteps=700))], False)
+
+
+def test_a_fork_is_an_algorithm_of_its_own():
+    """By its file's name, which is exp_name's default, or by --exp-name: it is drawn beside the script it came from."""
+    short_run(klac_discrete, 1, "baseline")
+    short_run(klac_discrete, 1, "fork", exp_name="klac_noop")
+    summary, curves = runs.tables([runs.read_run(path) for path in sorted(Path("runs").iterdir())], False)
+    assert set(summary["algorithm"]) == {"KLAC", "KLAC (klac_noop)"}
+    assert figures.algorithms_of(summary) == ["KLAC", "KLAC (klac_noop)"]
+    figure, numbers = figures.draw_curves(curves, [[("Walk-v0", "return")]])
+    assert set(numbers["algorithm"]) == {"KLAC", "KLAC (klac_noop)"}
+    colours = {line.get_color() for line in figure.axes[0].lines}
+    assert len(colours) == 2
 
 
 def test_the_cache_notices_changes(monkeypatch):
@@ -415,7 +439,7 @@ def test_all_figures_from_runs_and_again_from_tables(campaign, capsys):
 
     figures.main(figures.Args(redraw=True, out=out, only=(3,)))
 
-    # with an algorithm that the figures do not know, they are the same, and its row is in the table
+    # an algorithm that is not the paper's is drawn too
     for name in ("summary.csv", "curves.csv"):
         known = pd.read_csv(out / name)
         other = known[known["algorithm"] == "SAC"].assign(algorithm="KLAC + reference")
@@ -424,8 +448,7 @@ def test_all_figures_from_runs_and_again_from_tables(campaign, capsys):
         pd.concat([known, other]).to_csv(out / name, index=False)
     capsys.readouterr()
     figures.main(figures.Args(redraw=True, out=out))
-    assert "in the tables and in no figure: KLAC + reference" in capsys.readouterr().out
-    assert (out / "figure4.csv").read_bytes() == drawn["figure4.csv"]
+    assert "KLAC + reference" in set(pd.read_csv(out / "figure4.csv")["algorithm"])
     rows = pd.read_csv(out / "table.csv").set_index(["task", "algorithm"])
     assert rows.loc["Seaquest-v1", "KLAC + reference"]["n"] == 2
     evaluations = summary[(summary["task"] == "Seaquest-v1") & (summary["algorithm"] == "SAC")]["evaluation"]

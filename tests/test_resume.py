@@ -409,7 +409,10 @@ def test_a_saved_run_is_evaluated_from_its_folder_alone(run_script, capsys, name
     saved = torch.load(run_dir / "actor.pt", weights_only=True)  # the run's own flags hold, not this call's
     saved["args"]["batch_size"] = 5
     torch.save(saved, run_dir / "actor.pt")
-    assert run_script(name, "--evaluate", "runs/it", "--eval-episodes", "3", "--buffer-size", "1") == outputs[0]
+    assert run_script(name, "--evaluate", "runs/it", "--eval-episodes", "3", "--batch-size", "5") == outputs[0]
+    code, out, err = run_script(name, "--evaluate", "runs/it", "--batch-size", "7")
+    words = "--batch-size 7: not with --evaluate, which plays the run as it was trained, with 5"
+    assert (code, out, err) == (2, "", f"{name}.py: {words}\n")
     code, _, err = run_script(name, "--evaluate", "runs/none")
     assert (code, err.count("\n")) == (2, 1)
 

@@ -1,0 +1,113 @@
+"""README.md and docs/: every block of code works, and every link leads somewhere."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+
+from plotting.runs import label, read_args
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    (page, kind, block)
+    for page in PAGES
+    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)
+]
+COMMANDS = [
+    (page.name, line.split(" #")[0].strip())
+    for page, kind, block in BLOCKS
+    if kind != "python"
+    for line in block.replace("\\\n", "").splitlines()
+]
+# What CI runs from the README, what installs, and what needs a cluster or a second machine (test_slurm.py has both)
+BEYOND = ("python3 -m venv", ". .venv/bin/activate", "pip install", "benchmark/run_", "taskset", "cd ")
+
+
+def test_the_code_of_the_page_on_loading_runs(capsys):
+    blocks = [block for page, kind, block in BLOCKS if page.name == "loading.md" and kind == "python"]
+    assert len(blocks) == 2
+    for script, env_id, name, block in (
+        ("klac_discrete", "Breakout-v1", "breakout", blocks[0]),
+        ("klac_continuous", "Pendulum-v1", "pendulum", blocks[1]),
+    ):
+        module = importlib.import_module(script)
+        flags = {"total_timesteps": 450, "learning_starts": 100, "batch_size": 16, "eval_episodes": 1, "compile": False}
+        module.train(module.Args(env_id=env_id, run_name=name, **flags))
+        namespace = {}
+        exec(block, namespace)
+        env, action = namespace["env"], namespace.get("action", 0)
+        assert env.action_space.contains(action)
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {command}"[:80] for page, command in COMMANDS])
+def test_every_command_has_flags_that_exist(page, command):
+    """Runs what takes seconds, and parses the flags of what trains or draws."""
+    if not command or command.startswith(BEYOND):
+        return
+    words = shlex.split(command)
+    if words[0].startswith("benchmark/"):
+        target = words.index(">") if ">" in words else len(words)
+        subprocess.run(words[:target], cwd=ROOT, check=True, capture_output=True)
+        return
+    assert words[0].endswith("python"), command
+    module = words[2] if words[1] == "-m" else words[1].removesuffix(".py")
+    flags = words[3:] if words[1] == "-m" else words[2:]
+    flags = flags[: flags.index(">")] if ">" in flags else flags
+    tyro.cli(importlib.import_module(module).Args, args=flags)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs/index.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in index
+
+
+def test_a_fork_with_a_new_flag_of_its_networks_trains_resumes_and_is_evaluated(tmp_path):
+    """As docs/forking.md says: the flag in Args, and make_networks hands it on."""
+    source = (ROOT / "klac_discrete.py").read_text()
+    for old, new in (
+        ("    bias: bool = True\n", '    hidden: int = 128\n    """units"""\n    bias: bool = True\n'),
+        (
+            "(self, k: int, obs_shape: tuple[int, ...], n: int)",
+            "(self, k: int, obs_shape: tuple[int, ...], n: int, hidden)",
+        ),
+        ("k, positions * units, 128)", "k, positions * units, hidden)"),
+        ("k, 128, n)", "k, hidden, n)"),
+        ("k, 1, 128)", "k, 1, hidden)"),
+        ("Networks(1, shape, n), Networks(2, shape, n)", "(Networks(k, shape, n, args.hidden) for k in (1, 2))"),
+    ):
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    (tmp_path / "klac_wide.py").write_text(source)
+    begin = [sys.executable, "klac_wide.py"]
+    short = [
+        "--env-id",
+        "CartPole-v1",
+        "--total-timesteps",
+        "400",
+        "--learning-starts",
+        "100",
+        "--no-compile",
+        "--run-name",
+        "it",
+        "--resume",
+    ]
+    for flags in ([*short, "--hidden", "24"], ["--evaluate", "runs/it"]):
+        done = subprocess.run(begin + flags, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert torch.load(tmp_path / "runs/it/actor.pt", weights_only=True)["actor"]["w2"].shape[-1] == 24
+    assert label(read_args(tmp_path / "runs/it")) == "KLAC (klac_wide)"
