@@ -46,7 +46,7 @@ class Args:
     exp_name: str = Path(__file__).stem
     """name of this experiment, part of the run's name"""
     run_name: str | None = None
-    """folder of this run under runs/ (default: {env_id}__{exp_name}__{seed}__{timestamp})"""
+    """folder of this run under runs/ (None: {env_id}__{exp_name}__{seed}__{timestamp})"""
     resume: bool = False
     """go on from the last checkpoint, if there is one (without --run-name: of the latest run of this task and seed)"""
     checkpoint_interval: int = 100_000
@@ -100,13 +100,13 @@ class Args:
     anneal: bool = True
     """anneal the target from p_start to p_end (--no-anneal: SAC's target)"""
     p_start: float | None = None
-    """target probability of the best action at step 0, in (1/n, 1) (default: 0.5, and 0.6 where n is 2)"""
+    """target probability of the best action at step 0, in (1/n, 1) (None: 0.5, and 0.6 where n is 2)"""
     p_end: float = 0.8
     """target probability of the best action at the end of the annealing, in (1/n, 1)"""
     anneal_timesteps: int | None = None
-    """steps over which p moves from p_start to p_end (default: total_timesteps)"""
+    """steps over which p moves from p_start to p_end (None: total_timesteps)"""
     reference: str | None = None
-    """reference policy q: an earlier run, its folder or actor.pt, of a task with the same spaces (default: uniform)"""
+    """reference policy q: an earlier run, its folder or actor.pt, of a task with the same spaces (None: uniform)"""
 
 
 class MinAtarFixes(gym.Wrapper):
@@ -951,7 +951,7 @@ def evaluate_run(args: Args) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Args)
+    args = tyro.cli(Args, description=__doc__.partition("\n")[0])
     try:
         if args.evaluate is None:
             train(args)

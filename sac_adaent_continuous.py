@@ -47,7 +47,7 @@ class Args:
     exp_name: str = Path(__file__).stem
     """name of this experiment, part of the run's name"""
     run_name: str | None = None
-    """folder of this run under runs/ (default: {env_id}__{exp_name}__{seed}__{timestamp})"""
+    """folder of this run under runs/ (None: {env_id}__{exp_name}__{seed}__{timestamp})"""
     resume: bool = False
     """go on from the last checkpoint, if there is one (without --run-name: of the latest run of this task and seed)"""
     checkpoint_interval: int = 100_000
@@ -93,7 +93,7 @@ class Args:
     autotune: bool = True
     """learn the temperature, so that the policy's entropy meets its target"""
     target_entropy: float | None = None
-    """SAC's entropy target in nats, of actions in the environment's units (default: -d)"""
+    """SAC's entropy target in nats, of actions in the environment's units (None: -d)"""
     exploit_radius: float = 0.25
     """half-width r of the exploitation region around the mode, in the environment's action units"""
     similarity_threshold: float = 0.5
@@ -978,7 +978,7 @@ def evaluate_run(args: Args) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Args)
+    args = tyro.cli(Args, description=__doc__.partition("\n")[0])
     try:
         if args.evaluate is None:
             train(args)

@@ -15,6 +15,12 @@ import tests.envs
 ROOT = Path(__file__).parent.parent
 
 
+def two_of(scripts):
+    """The scripts, all but two of them `slow`: for what is word for word the same in all (test_family.py)."""
+    kept = ("klac_discrete", "klac_continuous")
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in scripts]
+
+
 def main(name, *flags, monkeypatch, capsys):
     """Runs the script as `python NAME.py *flags` in this process: (exit code, standard output, errors)."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])

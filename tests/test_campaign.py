@@ -322,6 +322,7 @@ def test_real_runs_whose_driver_workers_and_machine_are_killed_end_as_if_they_we
     assert len(set(re.findall(r"\(cpu\), from step ([1-9]\d*)", logs))) >= 3  # a kill each, in the midst of a run
 
 
+@pytest.mark.slow
 @needs_parallel
 def test_real_runs_on_a_full_disk_fail_and_end_as_if_it_had_not_been_once_there_is_room(scalars, monkeypatch):
     Path("runs").mkdir()

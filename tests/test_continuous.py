@@ -698,7 +698,7 @@ def test_annealed_run_logs_its_schedule_and_what_was_realised(scalars):
         assert logged["losses/alpha_loss"][step] == pytest.approx(alpha * excess, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("module", BOTH)
+@pytest.mark.parametrize("module", [klac, pytest.param(sac, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("ending", "value"), [("Termination", 1.0), ("Truncation", 2.0)])
 def test_a_termination_does_not_bootstrap_and_a_truncation_does(scalars, module, ending, value):
     """Reward 1 and gamma 1/2: a terminated step is worth 1; one cut by the clock goes on for 1 / (1 - gamma) = 2."""
@@ -754,7 +754,7 @@ def test_kl_to_an_earlier_actor_is_held_at_its_budget(scalars):
     assert budget / 3 < kl < 3 * budget
 
 
-@pytest.mark.parametrize("module", BOTH)
+@pytest.mark.parametrize("module", [klac, pytest.param(sac, marks=pytest.mark.slow)])
 def test_it_learns(scalars, module):
     """A point that must be brought to the origin: a random policy earns about -85, a straight way some -9."""
     args = module.Args(env_id="Point-v0", total_timesteps=3_000, learning_starts=300, batch_size=128, log_interval=100)

@@ -21,14 +21,14 @@ def finished_run(seed, **flags):
 
 
 def test_tables_and_figure_follow_from_the_runs(scalars):
-    runs = [finished_run(seed, beta=beta) for beta in (0.0, 0.001, 0.01, 0.05, 0.1, 0.5, 1.0) for seed in (1, 2)]
+    runs = [finished_run(seed, beta=beta) for beta in (0.0, 0.001, 0.1) for seed in (1, 2)]
     curves.main(curves.Args(runs=runs, out=Path("out"), bin=200))
     table, summary = pd.read_csv("out/curves.csv"), pd.read_csv("out/summary.csv")
     assert len(summary) == len(runs)
     assert len(table) == 3 * len(runs)
 
     returns = scalars(runs[0])["charts/episodic_return"]
-    names = ["KLAC-b", *(f"KLAC, beta {beta}" for beta in (0.001, 0.01, 0.05, 0.1, 0.5, 1.0))]
+    names = ["KLAC-b", *(f"KLAC, beta {beta}" for beta in (0.001, 0.1))]
     assert {*zip(summary["algorithm"], summary["seed"], strict=True)} == {(a, s) for a in names for s in (1, 2)}
     row = summary[(summary["algorithm"] == "KLAC-b") & (summary["seed"] == 1)].iloc[0]
     assert row["random"] == pytest.approx(np.mean([v for step, v in returns if step < 100]), rel=1e-3)

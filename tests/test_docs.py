@@ -94,18 +94,8 @@ def test_a_fork_with_a_new_flag_of_its_networks_trains_resumes_and_is_evaluated(
         source = source.replace(old, new)
     (tmp_path / "klac_wide.py").write_text(source)
     begin = [sys.executable, "klac_wide.py"]
-    short = [
-        "--env-id",
-        "CartPole-v1",
-        "--total-timesteps",
-        "400",
-        "--learning-starts",
-        "100",
-        "--no-compile",
-        "--run-name",
-        "it",
-        "--resume",
-    ]
+    short = ["--env-id", "CartPole-v1", "--total-timesteps", "400", "--learning-starts", "100", "--no-compile"]
+    short += ["--run-name", "it", "--resume"]
     for flags in ([*short, "--hidden", "24"], ["--evaluate", "runs/it"]):
         done = subprocess.run(begin + flags, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -289,6 +289,7 @@ def test_klac_a_and_ab_use_sac_s_heuristic_target(scalars, sac, klac, env_id):
         np.testing.assert_allclose([v for _, v in scalars(run_dir)["policy/target_entropy"]], heuristic, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_sac_stays_for_ever_where_klac_exits(scalars):
     """Table 1 in miniature: ten actions, one of which exits with reward 1. At alpha 0.1 staying is worth
     alpha log 9 gamma / (1 - gamma), about 4.2, to SAC's critic; no policy can earn more than 1."""

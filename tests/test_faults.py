@@ -25,6 +25,7 @@ import klac_discrete
 import sac_continuous
 import sac_discrete
 import tests.envs
+from tests.conftest import two_of
 from tests.test_resume import FLAGS, TINY, in_a_child, same_run, unfinished
 from tests.test_runs import SCRIPTS, SHORT
 
@@ -49,7 +50,7 @@ def networks_of(run_dir):
     return {f"{part} {name}": value for part in ("actor", "critics") for name, value in saved[part].items()}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", two_of(SCRIPTS))
 def test_how_an_environment_hands_over_its_observation_changes_nothing(name):
     """Its own array, overwritten at the next step; a list; a view with a negative stride."""
     plain = networks_of(trained(name, odd(name, "Plain"), total_timesteps=400))
@@ -181,7 +182,7 @@ def test_a_floating_point_error_of_the_environment_keeps_its_traceback_too(run_s
     assert raised.traceback[-1].path.name == "envs.py"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", two_of(SCRIPTS))
 def test_an_error_of_the_environment_costs_what_follows_the_last_checkpoint_alone(run_script, name):
     with pytest.raises(ConnectionResetError) as raised:
         run_script(name, "--env-id", odd(name, "BrokenPipe"), "--run-name", "it", *FLAGS)

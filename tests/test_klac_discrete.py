@@ -431,6 +431,7 @@ def test_reference_can_be_forked_as_the_documentation_says(scalars, monkeypatch)
     assert logged["policy/entropy"][-1] == pytest.approx(scipy.stats.entropy([0.7, 0.1, 0.1, 0.1]), abs=0.03)
 
 
+@pytest.mark.slow
 def test_kl_to_an_earlier_actor_is_held_at_its_budget(scalars):
     """q prefers the wrong arms; the budget is that of p = 0.55: log 4 less the entropy of (0.55, 0.15, 0.15, 0.15)."""
     budget = math.log(4) - scipy.stats.entropy([0.55, 0.15, 0.15, 0.15])
@@ -682,6 +683,7 @@ def test_it_learns(scalars):
     assert logged["eval/episodic_return"][0][1] > 0.95
 
 
+@pytest.mark.slow
 def test_the_best_action_gets_the_probability_that_the_schedule_asks_for(scalars):
     args = Args(
         env_id="Bandit-v0",

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import math
 import os
 import pickle
@@ -22,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import klac_continuous
 import klac_discrete
 import sac_discrete
+from tests.conftest import two_of
 from tests.test_runs import SCRIPTS, history_of
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +68,7 @@ def same_run(scalars, one, other):
     assert [step for step, _ in logged[0]["charts/SPS"]] == [step for step, _ in logged[1]["charts/SPS"]]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", two_of(SCRIPTS))
 def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(scalars, name):
     module, env_id = importlib.import_module(name), SCRIPTS[name][0]
     whole = module.train(module.Args(env_id=env_id, run_name="whole", **TINY))
@@ -95,6 +97,33 @@ def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(scalars, name):
     same_run(scalars, whole, path.parent)
     files = [sorted(x.name for x in run_dir.iterdir() if "tfevents" not in x.name) for run_dir in (whole, path.parent)]
     assert files[0] == files[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_compiled_run_that_is_killed_is_the_uninterrupted_one_too(scalars, name):
+    """As a process of its own: threads of the compiler do not live on in a fork."""
+    flags = [flag for flag in FLAGS if flag != "--no-compile"]
+    flags[flags.index("--total-timesteps") + 1] = "3000"
+    command = [sys.executable, ROOT / f"{name}.py", "--env-id", f"tests.envs:{SCRIPTS[name][0]}", *flags, "--resume"]
+    environment, rng = os.environ | {"PYTHONPATH": str(ROOT)}, random.Random(name)
+    subprocess.run([*command, "--run-name", "whole"], env=environment, check=True, capture_output=True)
+    path, steps = Path("runs/killed/checkpoint.pt"), []
+    for _ in range(3):
+        known = path.exists() and path.stat().st_mtime_ns
+        process = subprocess.Popen([*command, "--run-name", "killed"], env=environment, stdout=subprocess.DEVNULL)
+        while not path.exists() or path.stat().st_mtime_ns == known:
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.2))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        steps.append(torch.load(path, weights_only=True)["step"])
+    print(f"{name}: killed, with checkpoints of {steps}")
+    assert max(steps) > 100  # beyond the warm-up
+    subprocess.run([*command, "--run-name", "killed"], env=environment, check=True, capture_output=True)
+    assert json.loads(Path("runs/killed/args.json").read_text())["compile"]
+    same_run(scalars, Path("runs/whole"), Path("runs/killed"))
 
 
 def test_a_run_killed_while_it_writes_a_checkpoint_keeps_the_one_before(scalars, monkeypatch):
@@ -184,7 +213,7 @@ def test_a_second_ctrl_c_stops_at_once():
     assert process.returncode == 130
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", two_of(SCRIPTS))
 def test_an_episode_of_a_task_without_a_limit_is_truncated_so_that_the_run_is_saved(scalars, monkeypatch, name):
     module = importlib.import_module(name)
     env_id = "Unlimited-v0" if "discrete" in name else "ContinuousUnlimited-v0"
@@ -391,7 +420,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_script):
     assert not Path("runs/broken/actor.pt").exists()
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", two_of(SCRIPTS))
 def test_a_saved_run_is_evaluated_from_its_folder_alone(run_script, capsys, name):
     module = importlib.import_module(name)
     run_dir = module.train(module.Args(env_id=SCRIPTS[name][1], run_name="it", **TINY | {"total_timesteps": 400}))

@@ -24,7 +24,7 @@ import wandb
 import wandb.proto.wandb_internal_pb2 as wandb_records
 
 import klac_discrete
-from tests.conftest import main
+from tests.conftest import main, two_of
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "klac_discrete.py"  # where the scripts share the code, one of them stands for all (see test_family.py)
@@ -50,7 +50,7 @@ def actor_of(run_dir):
     return torch.load(run_dir / "actor.pt", weights_only=True)["actor"]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", two_of(SCRIPTS))
 @pytest.mark.parametrize("task", [0, 1])
 def test_same_seed_same_numbers_to_the_bit(scalars, name, task):
     module = importlib.import_module(name)
@@ -221,8 +221,8 @@ BAD_INPUT = [
     + (BAD_DISCRETE if name.endswith("discrete") else BAD_CONTINUOUS)
 ]
 BAD_INPUT += [
-    pytest.param("klac_discrete", ["--p-start", "0.2"], ["--p-start 0.2", "(0.3333, 1)"], id="p below 1/n"),
-    pytest.param("klac_continuous", ["--exploit-radius", "2.0"], ["2.0: must be in (0.01727, 0.6466)"], id="radius"),
+    pytest.param("klac_discrete", ["--p-start", "0.2"], ["--p-start 0.2", "(0.3334, 1)"], id="p below 1/n"),
+    pytest.param("klac_continuous", ["--exploit-radius", "2.0"], ["2.0: must be in (0.01728, 0.6465)"], id="radius"),
 ]  # fmt: skip
 
 

@@ -145,6 +145,7 @@ def test_a_list_is_run_in_arrays_and_failures_are_named_and_retried_on_request()
     assert submit().stdout == "0 runs to do, of 6\n"
 
 
+@pytest.mark.slow
 def test_a_run_near_its_time_limit_saves_itself_and_is_requeued_alone():
     write_list(bad=[1], steps=1, n=3)
     lines = Path("list.txt").read_text().splitlines()
