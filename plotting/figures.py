@@ -127,11 +127,13 @@ def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: s
                 if band == "sd":
                     ends = (table["mean"] - table["sd"], table["mean"] + table["sd"])
                 axis.fill_between(x, *ends, color=colour, alpha=0.2, linewidth=0)
-            axis.set(title=task, ylabel=names[quantity] if column == 0 or panels[column - 1][1] != quantity else None)
+            symlog = quantity in ("q", "q_minus_return") and task in MINATAR  # SAC's may be a hundred times KLAC's
+            label = f"{names[quantity]} (symlog)" if symlog else names[quantity]
+            axis.set(title=task, ylabel=label if column == 0 or panels[column - 1][1] != quantity else None)
             axis.set(xlabel=f"environment steps ({unit_name})", xlim=(0, None))
-            if quantity in ("q", "q_minus_return") and task in MINATAR:  # SAC's may be a hundred times KLAC's
+            if symlog:
                 axis.set_yscale("symlog", linthresh=1)
-                axis.yaxis.set_major_locator(SymmetricalLogLocator(linthresh=1, base=10, subs=(1, 3)))
+                axis.yaxis.set_major_locator(SymmetricalLogLocator(linthresh=1, base=10, subs=(1, 2, 5)))
                 axis.yaxis.set_major_formatter("{x:g}")
                 axis.yaxis.set_minor_locator(NullLocator())
     if not numbers:
