@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch
 import tyro
@@ -101,3 +102,17 @@ def test_a_fork_with_a_new_flag_of_its_networks_trains_resumes_and_is_evaluated(
         assert done.returncode == 0, done.stderr
     assert torch.load(tmp_path / "runs/it/actor.pt", weights_only=True)["actor"]["w2"].shape[-1] == 24
     assert label(read_args(tmp_path / "runs/it")) == "KLAC (klac_wide)"
+
+
+def test_what_r_means_is_the_action_boxes_own():
+    page = (ROOT / "docs/algorithms.md").read_text()
+    rows = re.findall(r"^\| ((?:\w+-v5(?:, )?)+) \| (\d+) \| ([\d.]+) \| (\d+)% \| ([\d.]+) \|$", page, re.M)
+    assert len(rows) == 6
+    for tasks, d, h, share, uniform in rows:
+        for task in tasks.split(", "):
+            box = gym.make(task).action_space
+            assert (len(box.high), box.high[0]) == (int(d), pytest.approx(float(h)))
+            assert (box.high == -box.low).all()
+            assert (box.high == box.high[0]).all()
+            assert 0.25 / float(h) * 100 == pytest.approx(int(share), abs=0.6)
+            assert (0.25 / float(h)) ** int(d) == pytest.approx(float(uniform), rel=0.4)
