@@ -381,10 +381,14 @@ def train(args: Args) -> Path:
 import ctypes.util
 import difflib
 import fcntl
+import importlib.metadata
 import json
 import os
+import platform
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -670,7 +674,8 @@ class Run:
             self.own()
         self.csv.truncate(self.csv_size)  # what was logged after the checkpoint is logged again
         self.pending = b"" if self.csv_size else b"step,tag,value\n"
-        (self.folder / "args.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        config = self.config | {"provenance": provenance()}
+        (self.folder / "args.json").write_text(json.dumps(config, indent=2) + "\n")
         self.writer = SummaryWriter(self.folder, purge_step=self.step if self.args.resume else None)
         self.stopped_by, self.handlers, self.bar = None, {}, None
         if threading.current_thread() is threading.main_thread():
@@ -843,6 +848,25 @@ class Run:
         states = {name: network.state_dict() for name, network in networks.items()}
         save({"args": self.config, **states}, self.folder / "actor.pt")
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def provenance() -> dict:
+    """What a run's numbers depend on beside its flags: the revision of the folder that the script is in ("-dirty" if it
+    was edited since), versions, processor, threads. None is what cannot be found."""
+    found = {"revision": None, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    if shutil.which("git"):
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        run = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        found["revision"] = run.stdout.strip() or None
+    for name in ("torch", "gymnasium", "mujoco", "minatar", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    processors = Path("/proc/cpuinfo")
+    lines = processors.read_text().splitlines() if processors.exists() else []
+    found["processor"] = next((x.split(": ")[1] for x in lines if x.startswith("model name")), platform.processor())
+    return found
 
 
 def read_json(path: Path) -> dict:

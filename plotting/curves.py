@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from plotting.figures import STYLES, styles_of
+from plotting.figures import STYLES, styles_of, unit_of
 from plotting.runs import QUANTITIES, label, markdown, read_args, read_scalars, settings_of
 
 NAMES = {
@@ -135,6 +135,7 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
     size = (4.2 * len(tasks), 2.6 * len(show) + 0.4)
     figure, axes = plt.subplots(len(show), len(tasks), figsize=size, squeeze=False, sharex="col", layout="constrained")
     styles, lines = swept(sorted(set(curves["algorithm"]))), {}
+    unit, unit_name = unit_of(curves["step"].max())
     for (row, quantity), (column, task) in itertools.product(enumerate(show), enumerate(tasks)):
         axis = axes[row, column]
         for algorithm, (colour, line) in styles.items():
@@ -143,12 +144,12 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
             if seeds.empty:
                 continue
             style = {"color": colour, "linestyle": line}
-            (lines[algorithm],) = axis.plot(seeds.index / 1e3, seeds.mean(axis=1), **style)
+            (lines[algorithm],) = axis.plot(seeds.index / unit, seeds.mean(axis=1), **style)
             if seeds.shape[1] > 1:
-                axis.plot(seeds.index / 1e3, seeds, **style, linewidth=0.6, alpha=0.5)
+                axis.plot(seeds.index / unit, seeds, **style, linewidth=0.6, alpha=0.5)
             if quantity == "kl" and "target_kl" in curves:
                 budget = curves[chosen].groupby("step")["target_kl"].mean()
-                axis.plot(budget.index / 1e3, budget, color="black", linewidth=0.8)
+                axis.plot(budget.index / unit, budget, color="black", linewidth=0.8)
         if quantity == "return":
             random = summary[summary["task"] == task]["random"].mean()
             lines["random policy"] = axis.axhline(random, color="0.5", linewidth=1)
@@ -159,7 +160,7 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
         if row == 0:
             axis.set_title(task)
         if row == len(show) - 1:
-            axis.set_xlabel("environment steps (thousands)")
+            axis.set_xlabel(f"environment steps ({unit_name})")
     counts = curves.groupby(["algorithm", "task"])["seed"].nunique().groupby("algorithm").agg(["min", "max"])
     labels = {name: f"{name} (n={'-'.join(map(str, sorted(set(counts.loc[name]))))})" for name in counts.index}
     title = "thin: a seed; thick: their mean"

@@ -11,8 +11,8 @@ others are named; --where KEY=VALUE chooses. A fork, with its own file name or -
 
 Writes figureN.pdf, .png and .csv, and what all are drawn from: summary.csv (a row a run), curves.csv, and table.md and
 table.csv (a row a task and algorithm). A run's score is the mean of its ten best training episodes; normalised, it is
-(score - random) / (SAC - random) per task. Bands and bars are 95% bootstrap intervals over seeds, stratified by task:
-one seed has none, and those of two or three are too narrow.
+(score - random) / (SAC - random) per task. Bands and bars are 95% bootstrap intervals over seeds, stratified by task
+(in figure 5, as in the paper's, standard deviations): one seed has none, and those of two or three are too narrow.
 """
 
 import itertools
@@ -76,6 +76,10 @@ def styles_of(names) -> dict:
     return {k: v for k, v in STYLES.items() if k in set(names)} | dict(zip(others, itertools.cycle(OTHERS)))
 
 
+def unit_of(steps: float) -> tuple[float, str]:
+    return (1e6, "millions") if steps >= 1e6 else (1e3, "thousands")
+
+
 def algorithms_of(table: pd.DataFrame) -> list[str]:
     return list(styles_of(table["algorithm"]))
 
@@ -104,8 +108,7 @@ def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: s
     """A panel a (task, quantity); a line an algorithm, with its interval or its standard deviation."""
     names = {"return": "episodic return", "q": "mean Q of a batch", "entropy": "entropy (nats)"}
     names["q_minus_return"] = "Q minus return"
-    longest = curves["step"].max()
-    unit, unit_name = (1e6, "millions") if longest >= 1e6 else (1e3, "thousands")
+    unit, unit_name = unit_of(curves["step"].max())
     size = (max(2.2 * len(grid[0]), 3.4), 1.9 * len(grid) + 0.7)
     figure, axes = plt.subplots(len(grid), len(grid[0]), figsize=size, squeeze=False, layout="constrained")
     numbers, lines, styles = [], {}, styles_of(curves["algorithm"])

@@ -26,7 +26,12 @@ QUANTITIES = {
 # Runs of one task and algorithm may differ in these and still be seeds of one experiment
 FREE = {"seed", "run_name", "exp_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "cuda"}
 FREE |= {"env_id", "algorithm", "compile", "resume", "checkpoint_interval", "evaluate", "eval_episodes"}
-FREE |= {"log_interval", "torch_deterministic", "reference"}  # the label says whether there is a reference
+FREE |= {
+    "log_interval",
+    "torch_deterministic",
+    "reference",
+    "provenance",
+}  # the label says whether there is a reference
 SCRIPTS = ("klac_discrete", "sac_discrete", "klac_continuous", "sac_continuous", "sac_adaent_continuous")
 KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps"}
 KINDS = {"env_id": str, "algorithm": str, "seed": int, "total_timesteps": int, "learning_starts": int}  # in args.json

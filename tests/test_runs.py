@@ -463,3 +463,29 @@ def test_a_frame_shows_everything_in_the_game_and_nothing_else(env_id):
     assert frame.dtype == np.uint8
     shown = frame[16::32, 16::32].max(axis=2) >= 250  # full brightness
     assert np.array_equal(shown, obs.any(axis=2))
+
+
+def test_a_run_says_what_its_numbers_depend_on(tmp_path):
+    """In a repository of the user's own: its revision, and whether the script was edited since."""
+    shutil.copy(ROOT / "sac_discrete.py", tmp_path)
+    git = ["git", "-c", "user.name=me", "-c", "user.email=me@here"]
+    flags = ["--env-id", "CartPole-v1", "--no-compile", *SHORT]
+
+    def provenance(name):
+        command = [sys.executable, "sac_discrete.py", *flags, "--run-name", name]
+        subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        return json.loads((tmp_path / "runs" / name / "args.json").read_text())["provenance"]
+
+    assert provenance("no-repository")["revision"] is None
+    for command in (["init", "-q"], ["add", "sac_discrete.py"], ["commit", "-qm", "Begin"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    revision = subprocess.run([*git, "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+    clean = provenance("clean")
+    assert clean["revision"] == revision
+    assert (clean["torch"], clean["numpy"], clean["threads"]) == (torch.__version__, np.__version__, 1)
+    assert clean["processor"]
+    with (tmp_path / "sac_discrete.py").open("a") as file:
+        file.write("# mine\n")
+    assert provenance("edited")["revision"] == f"{revision}-dirty"
