@@ -274,7 +274,9 @@ def test_runs_that_cannot_be_used_are_named(capsys):
 
 def test_runs_that_differ_are_not_mixed_and_the_largest_set_is_drawn(capsys):
     def read(script, seed, name, **flags):
-        return runs.read_run(short_run(script, seed, name, **flags))
+        run = runs.read_run(short_run(script, seed, name, **flags))
+        capsys.readouterr()  # what training printed
+        return run
 
     def drawn(*given, **options):
         summary, _ = runs.tables([*given], False, **options)
