@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from plotting.figures import STYLES, styles_of, unit_of
+from plotting.figures import MINATAR, STYLES, styles_of, symlog, unit_of
 from plotting.runs import QUANTITIES, label, markdown, read_args, read_scalars, settings_of
 
 NAMES = {
@@ -156,6 +156,9 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
         if quantity == "alpha":
             axis.set_yscale("log")
         axis.set_ylabel(NAMES[quantity])
+        if quantity in ("q", "q_minus_return") and task in MINATAR:
+            symlog(axis)
+            axis.set_ylabel(f"{NAMES[quantity]} (symlog)")
         axis.spines[["top", "right"]].set_visible(False)
         if row == 0:
             axis.set_title(task)

@@ -80,6 +80,15 @@ def unit_of(steps: float) -> tuple[float, str]:
     return (1e6, "millions") if steps >= 1e6 else (1e3, "thousands")
 
 
+def symlog(axis) -> None:
+    """A logarithmic scale on both sides of 0, linear between -1 and 1: SAC's values may be a thousand times KLAC's."""
+    axis.set_yscale("symlog", linthresh=1)
+    high = axis.get_ylim()[1]
+    axis.yaxis.set_major_locator(SymmetricalLogLocator(linthresh=1, base=10, subs=(1, 3) if high < 200 else (1,)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
 def algorithms_of(table: pd.DataFrame) -> list[str]:
     return list(styles_of(table["algorithm"]))
 
@@ -130,15 +139,12 @@ def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: s
                 if band == "sd":
                     ends = (table["mean"] - table["sd"], table["mean"] + table["sd"])
                 axis.fill_between(x, *ends, color=colour, alpha=0.2, linewidth=0)
-            symlog = quantity in ("q", "q_minus_return") and task in MINATAR  # SAC's may be a hundred times KLAC's
-            label = f"{names[quantity]} (symlog)" if symlog else names[quantity]
+            wide = quantity in ("q", "q_minus_return") and task in MINATAR
+            label = f"{names[quantity]} (symlog)" if wide else names[quantity]
             axis.set(title=task, ylabel=label if column == 0 or panels[column - 1][1] != quantity else None)
             axis.set(xlabel=f"environment steps ({unit_name})", xlim=(0, None))
-            if symlog:
-                axis.set_yscale("symlog", linthresh=1)
-                axis.yaxis.set_major_locator(SymmetricalLogLocator(linthresh=1, base=10, subs=(1, 2, 5)))
-                axis.yaxis.set_major_formatter("{x:g}")
-                axis.yaxis.set_minor_locator(NullLocator())
+            if wide:
+                symlog(axis)
     if not numbers:
         plt.close(figure)
         raise ValueError(f"runs too short for {SMOOTHING} points in a row")
