@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import pandas as pd
 import pytest
 import torch
 import tyro
@@ -116,3 +117,16 @@ def test_what_r_means_is_the_action_boxes_own():
             assert (box.high == box.high[0]).all()
             assert 0.25 / float(h) * 100 == pytest.approx(int(share), abs=0.6)
             assert (0.25 / float(h)) ** int(d) == pytest.approx(float(uniform), rel=0.4)
+
+
+def test_the_readme_s_table_is_the_committed_runs():
+    summary = pd.read_csv(ROOT / "results/beta/summary.csv").set_index(["task", "algorithm"])["last 10%"]
+    names = ["SAC", "KLAC-b", "KLAC, beta 0.01", "KLAC, beta 0.03", "KLAC, beta 0.1"]
+    rows = re.findall(r"^\| (\w+-v1) \| [\d.]+ \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert [task for task, _ in rows] == ["Asterix-v1", "Breakout-v1", "Seaquest-v1"]
+    for task, cells in rows:
+        for name, cell in zip(names, cells.split("|"), strict=True):
+            if (task, name) in summary.index:
+                assert f"{summary[task, name]:.1f}" == cell.strip(), (task, name)
+            else:
+                assert not cell.strip()
