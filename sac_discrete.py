@@ -701,9 +701,7 @@ class Run:
             signal.signal(number, handler)
         with self.warning("scalars.csv"):
             self.flush()
-        if self.writer is not None:
-            with self.warning("TensorBoard's file"):
-                self.writer.close()
+        self.tensorboard("close")
         self.csv.close()
         self.lock.close()
         if self.args.track:
@@ -734,19 +732,22 @@ class Run:
         except OSError as error:
             print(f"step {self.step}: {self.folder}: {what}: not written: {error}", file=sys.stderr, flush=True)
 
+    def tensorboard(self, method: str, *values) -> None:
+        """Calls a method of TensorBoard's writer, but not again once it failed: a full disk has ended its thread."""
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            with self.warning("TensorBoard's file, which ends here"):
+                getattr(writer, method)(*values)
+                self.writer = writer
+
     def log(self, step: int, scalars: dict) -> None:
         """Logs {tag: value} to TensorBoard (and by it to W&B) and as rows of scalars.csv."""
         for tag, value in scalars.items():
+            self.tensorboard("add_scalar", tag, float(value), step)
             self.pending += f"{step},{tag},{float(value):.9g}\n".encode()
         if time.monotonic() > self.next_flush:
             with self.warning("scalars.csv"):
                 self.flush()
-        if self.writer is not None:
-            with self.warning("TensorBoard's file, which ends here"):
-                for tag, value in scalars.items():
-                    self.writer.add_scalar(tag, float(value), step)
-                return
-            self.writer = None  # its thread has ended
 
     def flush(self) -> None:
         """Writes the rows of scalars.csv. Raises OSError on a full disk: what it refused is kept for the next time."""
@@ -806,9 +807,7 @@ class Run:
         for name in ("actor", "critics"):
             if not all(weights.isfinite().all() for weights in state[name].values()):
                 raise NotFinite(f"a weight of the {name} is not finite")
-        if self.writer is not None:
-            with self.warning("TensorBoard's file"):
-                self.writer.flush()
+        self.tensorboard("flush")
         with self.warning("checkpoint.pt"):
             self.flush()
             os.fsync(self.csv.fileno())

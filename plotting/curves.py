@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from plotting.figures import MINATAR, STYLES, styles_of, symlog, unit_of
+from plotting.figures import MINATAR, STYLES, save, seeds_of, styles_of, symlog, unit_of
 from plotting.runs import QUANTITIES, label, markdown, read_args, read_scalars, settings_of
 
 NAMES = {
@@ -164,18 +164,18 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
             axis.set_title(task)
         if row == len(show) - 1:
             axis.set_xlabel(f"environment steps ({unit_name})")
-    counts = curves.groupby(["algorithm", "task"])["seed"].nunique().groupby("algorithm").agg(["min", "max"])
-    labels = {name: f"{name} (n={'-'.join(map(str, sorted(set(counts.loc[name]))))})" for name in counts.index}
-    title = "thin: a seed; thick: their mean"
+    rows = {name: curves[curves["algorithm"] == name] for name in styles}
+    labels = {name: f"{name} ({seeds_of(rows[name])})" if name in rows else name for name in lines}
+    order = [*styles, *(lines.keys() - styles)]
     figure.legend(
-        [lines[name] for name in [*styles, *(lines.keys() - styles)]],
-        [labels.get(name, name) for name in [*styles, *(lines.keys() - styles)]],
-        **{"loc": "outside lower center", "ncols": max(1, 2 * len(tasks)), "frameon": False, "title": title},
+        [lines[name] for name in order],
+        [labels[name] for name in order],
+        loc="outside lower center",
+        ncols=2 * len(tasks),
+        frameon=False,
+        title="thin: a seed; thick: their mean",
     )
-    for suffix in ("pdf", "png"):
-        metadata = {"CreationDate": None} if suffix == "pdf" else None
-        figure.savefig(folder / f"curves.{suffix}", dpi=160, metadata=metadata)
-    plt.close(figure)
+    save(figure, folder / "curves", dpi=160)
 
 
 def main(args: Args) -> None:

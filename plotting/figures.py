@@ -89,6 +89,13 @@ def symlog(axis) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
 
 
+def save(figure, stem: Path, dpi: int) -> None:
+    """Writes STEM.pdf and STEM.png, without a date: drawn again from the same runs, they are the same files."""
+    figure.savefig(f"{stem}.pdf", metadata={"CreationDate": None})
+    figure.savefig(f"{stem}.png", dpi=dpi)
+    plt.close(figure)
+
+
 def algorithms_of(table: pd.DataFrame) -> list[str]:
     return list(styles_of(table["algorithm"]))
 
@@ -298,11 +305,7 @@ def main(args: Args) -> None:
             except ValueError as error:
                 print(f"figure {number}: {error}")
                 continue
-            for suffix in ("pdf", "png"):
-                # no date in the file: drawn again from the same runs, it is the same file
-                metadata = {"CreationDate": None} if suffix == "pdf" else None
-                figure.savefig(args.out / f"figure{number}.{suffix}", dpi=200, metadata=metadata)
-            plt.close(figure)
+            save(figure, args.out / f"figure{number}", dpi=200)
         numbers.to_csv(args.out / f"figure{number}.csv", index=False, float_format="%.5g")
     rows = table(summary)
     rows.to_csv(args.out / "table.csv", index=False, float_format="%.5g")
