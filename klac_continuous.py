@@ -38,6 +38,8 @@ from torch.func import functional_call, grad_and_value
 class Args:
     env_id: str = "HalfCheetah-v5"
     """any Gymnasium id with bounded continuous actions and flat observations (Hopper-v5, Pendulum-v1, ...)"""
+    env_kwargs: tuple[str, ...] = ()
+    """the environment's keyword arguments, key=value each, and gymnasium.make's (max_episode_steps=200)"""
     total_timesteps: int = 1_000_000
     """environment steps of the run"""
     seed: int = 1
@@ -53,7 +55,9 @@ class Args:
     evaluate: str | None = None
     """train nothing, but play --eval-episodes episodes of this run (its folder), deterministic and stochastic"""
     eval_episodes: int = 10
-    """episodes of the deterministic policy played after training"""
+    """episodes of the deterministic policy played after training, and in each evaluation"""
+    eval_interval: int | None = None
+    """steps between two evaluations, on an environment of their own, that change nothing in the run (None: none)"""
     log_interval: int = 1_000
     """steps between two logged values of the losses and of the policy (episodes are logged as they end)"""
     track: bool = False
@@ -112,9 +116,9 @@ class Args:
 
 def make_env(args: Args, render: bool = False) -> gym.Env:
     """One plain environment. Raises UsageError if it cannot be used."""
-    env = make_gym(args.env_id, render)
+    env = make_gym(args, args.env_id, render)
     space, box = env.observation_space, env.action_space
-    valid = "a bounded float Box of one dimension (klac_discrete.py and sac_discrete.py are for others)"
+    valid = "a bounded, flat Box of floats (gymnasium.wrappers.TransformAction makes one; Discrete: klac_discrete.py)"
     bounded = isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.shape[0] > 0 and box.dtype.kind == "f"
     if bounded:  # bounds whose distance overflows are none
         half_width = box.high / 2 - box.low / 2
@@ -302,13 +306,6 @@ def actor_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, critics: Ne
     return gradients, kl, {"losses/actor_loss": loss, "policy/kl": kl, "policy/entropy": -log_pi.mean()}
 
 
-def descend(optimizer: torch.optim.Optimizer, network: nn.Module, gradients: dict[str, torch.Tensor]) -> None:
-    """One step of the optimizer of the network's parameters along these gradients."""
-    for name, parameter in network.named_parameters():
-        parameter.grad = gradients[name]
-    optimizer.step()
-
-
 def train(args: Args) -> Path:
     """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work, and
     NotFinite if a number is not finite; asked to stop, it saves itself and raises KeyboardInterrupt."""
@@ -325,29 +322,28 @@ def train(args: Args) -> Path:
     elif args.autotune:
         check_range(args, "target_entropy", lowest, highest, ", the entropies that policies in the action box reach")
     removed = ("" if args.anneal else "a") + ("" if args.bias else "b")
-    run = Run(args, f"KLAC-{removed}" if removed else "KLAC", env)
-    if run.finished:
-        return run.folder
+    with Run(args, f"KLAC-{removed}" if removed else "KLAC", env) as run:
+        if run.finished:
+            return run.folder
 
-    args, device = run.args, run.device
-    rng, log_vol = np.random.default_rng(args.seed), log_volume(box)
-    torch.manual_seed(args.seed)
-    actor, critics = [networks.to(device) for networks in make_networks(args, env)]
-    target_critics = copy.deepcopy(critics)
-    log_q = make_log_q(args, env, device)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, fused=True)
-    q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.q_lr, fused=True)
-    log_alpha = torch.zeros((), device=device)
-    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
-    buffer = ReplayBuffer(args.buffer_size, env, device)
-    parts = {"actor": actor, "critics": critics, "target_critics": target_critics}
-    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
-    run.restore(parts, buffer, log_alpha, rng)
-    alpha = log_alpha.exp() if args.autotune else torch.tensor(args.alpha, device=device)
-    beta = args.beta if args.bias else 0.0
-    compute_critic_gradients, compute_actor_gradients = run.compile(critic_gradients, actor_gradients)
+        args, device = run.args, run.device
+        rng, log_vol = np.random.default_rng(args.seed), log_volume(box)
+        torch.manual_seed(args.seed)
+        actor, critics = [networks.to(device) for networks in make_networks(args, env)]
+        target_critics = copy.deepcopy(critics)
+        log_q = make_log_q(args, env, device)
+        actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, fused=True)
+        q_optimizer = torch.optim.Adam(critics.parameters(), lr=args.q_lr, fused=True)
+        log_alpha = torch.zeros((), device=device)
+        alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
+        buffer = ReplayBuffer(args.buffer_size, env, device)
+        parts = {"actor": actor, "critics": critics, "target_critics": target_critics}
+        parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
+        run.start(parts, buffer, log_alpha, rng)
+        alpha = log_alpha.exp() if args.autotune else torch.tensor(args.alpha, device=device)
+        beta = args.beta if args.bias else 0.0
+        compute_critic_gradients, compute_actor_gradients = run.compile(critic_gradients, actor_gradients)
 
-    with run:
         env, episode_ended = film(env, args, run.folder / "videos" / "train", f"from-step-{run.step}"), True
         for global_step in run.steps():
             if episode_ended:
@@ -424,6 +420,7 @@ def train(args: Args) -> Path:
 # run's folder with its lock, log and checkpoint, evaluation, and the command line.
 # ----------------------------------------------------------------------------------------------------------------------
 
+import ast
 import ctypes.util
 import difflib
 import fcntl
@@ -447,6 +444,13 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+
+def descend(optimizer: torch.optim.Optimizer, network: nn.Module, gradients: dict[str, torch.Tensor]) -> None:
+    """One step of the optimizer of the network's parameters along these gradients."""
+    for name, parameter in network.named_parameters():
+        parameter.grad = gradients[name]
+    optimizer.step()
 
 
 class UsageError(ValueError):
@@ -484,7 +488,7 @@ def check_flags(args: Args) -> None:
             rules.append((name, value > 0, "positive"))
         if name in ("p_start", "p_end", "target_entropy_scale") and value is not None:
             rules.append((name, 0 < value < 1, "in (0, 1)"))
-        if name.endswith("_frequency") or name == "log_interval":
+        if name.endswith("_frequency") or (name in ("log_interval", "eval_interval") and value is not None):
             rules.append((name, value <= total or value == getattr(Args, name), f"at most --total-timesteps {total}"))
     rules += [
         ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
@@ -574,16 +578,37 @@ class Checked(gym.Wrapper):
         return self.convert(obs), reward, bool(terminated), bool(truncated), info
 
 
-def make_gym(env_id: str, render: bool) -> gym.Env:
-    """gym.make, with a time limit where there is none. Raises UsageError if it cannot be made or filmed."""
+def env_kwargs(args: Args) -> dict:
+    """--env-kwargs as a dict: a value is a Python literal, else a string."""
+    kwargs = {}
+    for pair in args.env_kwargs:
+        key, _, value = pair.partition("=")
+        require(key.isidentifier() and value, f"--env-kwargs {pair}: must be key=value")
+        try:
+            kwargs[key] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+        except (ValueError, SyntaxError):
+            kwargs[key] = value
+    return kwargs
+
+
+def make_gym(args: Args, env_id: str, render: bool) -> gym.Env:
+    """gym.make, with a time limit where there is none, and observations flattened that are no Box. Raises UsageError if
+    it cannot be made or filmed."""
+    kwargs, given = env_kwargs(args), [f"--env-id {env_id}"]
+    if kwargs:
+        given.append(f"--env-kwargs {' '.join(args.env_kwargs)}")
     gym.logger.min_level = gym.logger.ERROR
-    if render and "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
-        os.environ["MUJOCO_GL"] = "egl"  # a server without a display
+    if render:
+        given.append("--capture-video")
+        kwargs["render_mode"] = "rgb_array"
+        if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
+            os.environ["MUJOCO_GL"] = "egl"  # a server without a display
     try:
-        kwargs = {"render_mode": "rgb_array"} if render else {}
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
         if env.spec.max_episode_steps is None:  # a policy that stays alive would be neither logged nor saved
             env = gym.wrappers.TimeLimit(env, 10_000)
+        if not isinstance(env.observation_space, gym.spaces.Box) and env.observation_space.is_np_flattenable:
+            env = gym.wrappers.FlattenObservation(env)
         if render:
             env.reset(seed=0)
             env.render()  # fails now rather than in the run
@@ -595,7 +620,7 @@ def make_gym(env_id: str, render: bool) -> gym.Env:
             namespace, _, name = env_id.rpartition("/")
             known = [x.rpartition("/")[2] for x in gym.registry if x.startswith(f"{namespace}/") or not namespace]
             reason = f"{error} Nearest ids: {', '.join(difflib.get_close_matches(name, known, cutoff=0))}"
-        raise UsageError(f"--env-id {env_id}{' --capture-video' if render else ''}: {reason}") from error
+        raise UsageError(f"{' '.join(given)}: {reason}") from error
 
 
 def load(saved: Path) -> dict | None:
@@ -640,26 +665,38 @@ class Run:
         prefix = f"{self.task}__{args.exp_name}__{args.seed}__"
         earlier = sorted(path.name for path in Path("runs").glob("*") if path.name.rpartition("__")[0] + "__" == prefix)
         name = earlier[-1] if args.resume and earlier else f"{prefix}{time.time_ns() // 1000}"
-        self.folder, self.state, self.lock, began = Path("runs", args.run_name or name), None, None, {}
+        self.folder, self.state = Path("runs", args.run_name or name), None
+        self.lock, self.csv, self.writer, self.wandb, self.bar, self.handlers = None, None, None, None, None, {}
+        self.step, self.saved_step, self.hours, self.csv_size, self.best_return = 0, 0, 0.0, 0, -math.inf
+        self.stopped_by, self.pending, self.first_update, self.returns = None, b"", None, deque(maxlen=20)
+        self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        try:
+            self.open(args, algorithm)
+        except BaseException:
+            self.close()
+            raise
+        if not isinstance(env.unwrapped.observation_space, gym.spaces.Box):
+            flattened = f"{env.unwrapped.observation_space!s:.100}"
+            print(f"observations flattened, from {flattened} to {env.observation_space.shape}", flush=True)
+
+    def open(self, args: Args, algorithm: str) -> None:
+        """With --resume, locks the folder and reads what it holds. Raises UsageError if other flags began the run."""
+        began = {}
         if args.resume and os.path.isdir(self.folder):
             self.own()
             self.state = load(self.folder)
             began = self.state["args"] if self.state else read_json(self.folder / "args.json")
-        self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         compiled = args.compile and began.get("compile", True) and compile_works(self.device)
         self.args = replace(args, compile=compiled)
-        self.config = {**asdict(self.args), "algorithm": algorithm}
-        free = {"run_name", "resume", "checkpoint_interval", "eval_episodes", "capture_video", "track", "evaluate"}
-        free |= {"wandb_project_name", "wandb_entity"}
+        self.config = {**asdict(self.args), "env_kwargs": list(args.env_kwargs), "algorithm": algorithm}
+        free = {"run_name", "resume", "checkpoint_interval", "eval_episodes", "eval_interval", "capture_video"}
+        free |= {"evaluate", "track", "wandb_project_name", "wandb_entity"}
         for flag, now in self.config.items() if began else ():
             before = began.get(flag)
-            allowed = now == before or flag in free or (flag == "total_timesteps" and now > before)
+            valid = now == before or flag in free or (flag == "total_timesteps" and now > before)
             words = f"{self.folder} was started with --{flag.replace('_', '-')} {before}, not {now}"
-            if not allowed:
-                self.lock.close()  # a notebook keeps the exception, and with it this run
-                raise UsageError(f"--resume: {words}")
+            require(valid, f"--resume: {words}")
         self.finished = self.state is not None and "step" not in self.state
-        self.step, self.saved_step, self.hours, self.csv_size = 0, 0, 0.0, 0
         if self.finished:
             longer = args.total_timesteps > began["total_timesteps"]
             require(
@@ -691,14 +728,16 @@ class Run:
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         return [torch.compile(function, dynamic=False, mode=mode) for function in functions]
 
-    def restore(self, parts: dict, buffer: ReplayBuffer, log_alpha: torch.Tensor, rng: np.random.Generator) -> None:
-        """Takes what a checkpoint is to hold, and puts into it what the last one held, if there is one."""
+    def start(self, parts: dict, buffer: ReplayBuffer, log_alpha: torch.Tensor, rng: np.random.Generator) -> None:
+        """Takes what a checkpoint is to hold, puts into it what the last one held, if there is one, and begins to write
+        in the folder. Raises UsageError if it cannot."""
         self.parts, self.buffer, self.log_alpha, self.rng = parts, buffer, log_alpha, rng
         if self.state:
             with refusing(f"{self.folder / 'checkpoint.pt'}: not of this script and task"):
                 self.step = self.saved_step = self.state["step"]
                 require(0 < self.step <= self.args.total_timesteps, f"it is of step {self.step}")
                 self.hours, self.csv_size = self.state["hours"], self.state["csv_size"]
+                self.best_return = self.state["best_return"]
                 for name, part in parts.items():
                     part.load_state_dict(copy.deepcopy(self.state[name]))  # so that nothing maps the file
                 for column, saved in zip(buffer.columns, self.state["columns"], strict=True):
@@ -708,8 +747,6 @@ class Run:
                 rng.bit_generator.state = self.state["rng"]
                 torch.set_rng_state(self.state["torch_rng"])
         self.state = None
-
-    def __enter__(self):
         if self.args.track:
             with refusing("--track: W&B"):
                 self.start_wandb()
@@ -719,11 +756,11 @@ class Run:
         if self.lock is None:
             self.own()
         self.csv.truncate(self.csv_size)  # what was logged after the checkpoint is logged again
-        self.pending = b"" if self.csv_size else b"step,tag,value\n"
+        if self.csv_size == 0:
+            self.pending = b"step,tag,value\n"
         config = self.config | {"provenance": provenance()}
         (self.folder / "args.json").write_text(json.dumps(config, indent=2) + "\n")
         self.writer = SummaryWriter(self.folder, purge_step=self.step if self.args.resume else None)
-        self.stopped_by, self.handlers, self.bar = None, {}, None
         if threading.current_thread() is threading.main_thread():
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
@@ -732,22 +769,35 @@ class Run:
         start = f"{self.config['algorithm']} on {self.args.env_id} ({self.device}), from step {self.step}"
         print(f"{self.folder}: {start}", flush=True)
         self.next_checkpoint, self.next_flush = self.step + self.args.checkpoint_interval, 0.0
-        self.start, self.first_update, self.returns = time.perf_counter(), None, deque(maxlen=20)
-        return self
+        self.began = time.perf_counter()
 
     def start_wandb(self) -> None:
         import wandb
 
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
             raise ValueError("no login; run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
-        labels = {
-            "group": self.task,
-            "job_type": self.config["algorithm"],
-            "tags": [self.task, self.config["algorithm"]],
-        }
+        algorithm, name = self.config["algorithm"], self.folder.name
+        labels = {"group": self.task, "job_type": algorithm, "tags": [self.task, algorithm]}
         project = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "config": self.config}
-        name = {"id": self.folder.name, "name": self.folder.name, "resume": "allow" if self.args.resume else "never"}
-        wandb.init(**project, **name, **labels, sync_tensorboard=True, save_code=True, reinit="finish_previous")
+        own = {"id": name, "name": name, "resume": "allow" if self.args.resume else "never"}
+        self.wandb = wandb.init(**project, **own, **labels, save_code=True, reinit="create_new")
+        self.wandb.define_metric("global_step")
+        self.wandb.define_metric("*", step_metric="global_step")
+        rows = self.folder / "scalars.csv"
+        last = rows.read_bytes().rpartition(b"\n")[0].rpartition(b"\n")[2].partition(b",")[0] if rows.exists() else b""
+        self.tracked_step = int(last) if last.isdigit() else -1  # what was logged until the kill is not sent again
+        self.tracked_clips = set(self.folder.glob("videos/*/*.mp4"))
+
+    def send(self, step: int, scalars: dict) -> None:
+        """Sends scalars to W&B, with the clips that were recorded since the last ones."""
+        import wandb
+
+        media = {}
+        for clip in sorted(set(self.folder.glob("videos/*/*.mp4")) - self.tracked_clips):
+            media.setdefault(f"videos/{clip.parent.name}", []).append(wandb.Video(str(clip), format="mp4"))
+            self.tracked_clips.add(clip)
+        if step > self.tracked_step:
+            self.wandb.log({"global_step": step, **scalars, **media}, step=step)
 
     def stop(self, number: int, _) -> None:
         """A signal's handler: the run saves itself at the end of the episode. A second signal has its usual effect."""
@@ -760,34 +810,62 @@ class Run:
                 self.bar.fp = sys.stderr
         print("stopping at the end of this episode; once more to stop now", file=sys.stderr, flush=True)
 
+    def __enter__(self):
+        return self
+
     def __exit__(self, kind, error, place) -> None:
         torch.set_flush_denormal(False)
+        if self.csv is not None and isinstance(error, Exception):
+            last = f"the last checkpoint is of step {self.saved_step}"
+            if self.saved_step == 0:
+                last = "there is no checkpoint yet"
+            error.add_note(f"at step {self.step}; {last}")
+        self.close()
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=0 if error is None else 1)
+
+    def close(self) -> None:
+        """Gives back the signals and the folder: a notebook keeps an exception, and with it this run."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        with self.warning("scalars.csv"):
-            self.flush()
         self.tensorboard("close")
-        self.csv.close()
-        self.lock.close()
-        if self.args.track:
-            import wandb
-
-            wandb.tensorboard.unpatch()  # so that a later run of this process is not tracked too
-        if isinstance(error, Exception):
-            last = (
-                f"the last checkpoint is of step {self.saved_step}" if self.saved_step else "there is no checkpoint yet"
-            )
-            error.add_note(f"at step {self.step}; {last}")
+        if self.csv is not None:
+            with self.warning("scalars.csv"):
+                self.flush()
+            self.csv.close()
+        if self.lock is not None:
+            self.lock.close()
 
     def steps(self):
-        """The environment steps that are left, with a bar on a terminal."""
-        total = self.args.total_timesteps
+        """The environment steps that are left, with a bar on a terminal, and evaluations between them."""
+        total, interval = self.args.total_timesteps, self.args.eval_interval
         self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True, disable=None)
         for step in range(self.step, total):
             self.step = step
+            if interval is not None and step > 0 and step % interval == 0:
+                self.evaluate(replace(self.args, capture_video=False))
             yield step
             self.bar.update()
         self.bar.close()
+
+    def evaluate(self, args: Args) -> np.ndarray:
+        """Plays and logs the deterministic policy; with --eval-interval the stochastic one too, and the best actor so
+        far is kept. Returns the deterministic returns."""
+        began, actor = time.perf_counter(), self.parts["actor"]
+        returns = evaluate(actor, args, self.folder / "videos" / "eval")
+        log = {"eval/episodic_return": returns.mean()}
+        if args.eval_interval is not None:
+            plain = replace(args, capture_video=False)
+            log["eval/stochastic_return"] = evaluate(actor, plain, self.folder, deterministic=False).mean()
+            if returns.mean() > self.best_return:
+                self.best_return = float(returns.mean())
+                best = {"args": self.config, "step": self.step, "episodic_return": self.best_return}
+                with self.warning("best_actor.pt"):
+                    save({**best, "actor": actor.state_dict()}, self.folder / "best_actor.pt")
+        self.log(self.step, log)
+        if self.first_update is not None:  # so that charts/SPS leaves it out
+            self.first_update = self.first_update[0], self.first_update[1] + time.perf_counter() - began
+        return returns
 
     @contextmanager
     def warning(self, what: str):
@@ -806,10 +884,13 @@ class Run:
                 self.writer = writer
 
     def log(self, step: int, scalars: dict) -> None:
-        """Logs {tag: value} to TensorBoard (and by it to W&B) and as rows of scalars.csv."""
+        """Logs {tag: value} to TensorBoard, as rows of scalars.csv and, with --track, to W&B."""
+        scalars = {tag: float(value) for tag, value in scalars.items()}
         for tag, value in scalars.items():
-            self.tensorboard("add_scalar", tag, float(value), step)
-            self.pending += f"{step},{tag},{float(value):.9g}\n".encode()
+            self.tensorboard("add_scalar", tag, value, step)
+            self.pending += f"{step},{tag},{value:.9g}\n".encode()
+        if self.wandb is not None:
+            self.send(step, scalars)
         if time.monotonic() > self.next_flush:
             with self.warning("scalars.csv"):
                 self.flush()
@@ -842,7 +923,7 @@ class Run:
         """Logs an update and shows where the run is."""
         now, (first_step, first_time) = time.perf_counter(), self.first_update
         log["charts/SPS"] = (self.step - first_step) / max(now - first_time, 1e-6)
-        self.log(self.step, log | {"charts/hours": self.hours + (now - self.start) / 3600})
+        self.log(self.step, log | {"charts/hours": self.hours + (now - self.began) / 3600})
         status = f"return {np.mean(self.returns):.2f}" if self.returns else "no episode yet"
         self.bar.set_postfix_str(status)
         if self.bar.disable and self.step // self.args.log_interval % 10 == 0:
@@ -860,7 +941,8 @@ class Run:
         state = {
             "args": self.config,
             "step": self.step + 1,
-            "hours": self.hours + (time.perf_counter() - self.start) / 3600,
+            "hours": self.hours + (time.perf_counter() - self.began) / 3600,
+            "best_return": self.best_return,
             "csv_size": self.csv.tell() + len(self.pending),
             "added": self.buffer.added,
             "columns": [torch.from_numpy(column[:filled]) for column in self.buffer.columns],
@@ -885,8 +967,8 @@ class Run:
 
     def finish(self, **networks: nn.Module) -> None:
         """Evaluates the policy, and puts the networks in the checkpoint's place."""
-        returns = evaluate(networks["actor"], self.args, self.folder / "videos" / "eval")
-        self.log(self.args.total_timesteps, {"eval/episodic_return": returns.mean()})
+        self.step = self.args.total_timesteps
+        returns = self.evaluate(self.args)
         print(f"{self.folder}: deterministic return {summary(returns)}")
         self.flush()
         os.fsync(self.csv.fileno())
@@ -971,15 +1053,15 @@ def load_actor(flag: str, saved: str, args: Args, env: gym.Env) -> nn.Module:
 
 
 def evaluate_run(args: Args) -> None:
-    """Prints the returns of a saved run's policy, deterministic and stochastic."""
-    folder = Path(args.evaluate)
-    state = load(folder)
-    require(
-        state is not None, f"--evaluate {folder}: must be the folder of a run that has saved a checkpoint or its actor"
-    )
+    """Prints the returns of a saved policy, deterministic and stochastic, and writes evaluation.json beside it."""
+    saved = Path(args.evaluate)
+    state = load(saved)
+    valid = "the folder of a run that has saved a checkpoint or its actor, or such a file"
+    require(state is not None, f"--evaluate {saved}: must be {valid}")
     kept = ("seed", "eval_episodes", "capture_video", "evaluate")
     own = {name: getattr(args, name) for name in kept}
     of_run = {name: value for name, value in state["args"].items() if name in asdict(args)}
+    of_run["env_kwargs"] = tuple(of_run.get("env_kwargs", ()))
     for name, value in asdict(args).items():
         valid = name in kept or value in (getattr(Args, name), of_run.get(name))
         words = f"not with --evaluate, which plays the run as it was trained, with {of_run.get(name)}"
@@ -987,9 +1069,14 @@ def evaluate_run(args: Args) -> None:
     args = replace(args, **of_run | own)
     check_flags(args)
     actor = load_actor("evaluate", args.evaluate, args, make_env(args))
+    folder = saved if saved.is_dir() else saved.parent
+    found = {"actor": saved.name, "step": state.get("step"), "seed": args.seed}
     for name in ("deterministic", "stochastic"):
         returns = evaluate(actor, args, folder / "videos" / f"evaluate-{name}", name == "deterministic")
-        print(f"{folder}: {name} return {summary(returns)}")
+        found[f"{name}_returns"] = returns.tolist()
+        print(f"{saved}: {name} return {summary(returns)}")
+    with refusing(f"--evaluate {saved}: evaluation.json is not written"):
+        (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
 def main() -> None:

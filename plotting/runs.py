@@ -26,16 +26,12 @@ QUANTITIES = {
 # Runs of one task and algorithm may differ in these and still be seeds of one experiment
 FREE = {"seed", "run_name", "exp_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "cuda"}
 FREE |= {"env_id", "algorithm", "compile", "resume", "checkpoint_interval", "evaluate", "eval_episodes"}
-FREE |= {
-    "log_interval",
-    "torch_deterministic",
-    "reference",
-    "provenance",
-}  # the label says whether there is a reference
+FREE |= {"log_interval", "eval_interval", "torch_deterministic", "provenance"}
+FREE |= {"reference"}  # the label says whether there is one
 SCRIPTS = ("klac_discrete", "sac_discrete", "klac_continuous", "sac_continuous", "sac_adaent_continuous")
 KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps"}
 KINDS = {"env_id": str, "algorithm": str, "seed": int, "total_timesteps": int, "learning_starts": int}  # in args.json
-VERSION = 5  # of what is cached
+VERSION = 6  # of what is cached
 HEADER = b"step,tag,value\n"
 ROWS = re.compile(rb'(?:\d{1,15},[^,"\x00-\x1f\x7f-\xff]+,-?(?:\d+(?:\.\d+)?(?:e[+-]\d+)?|inf|nan)\n)*+')
 
@@ -154,6 +150,7 @@ def summarise(name: str, args: dict, scalars: dict, problem: str | None) -> Run:
 def settings_of(args: dict) -> dict:
     """The arguments that make runs of one task and algorithm seeds of one experiment."""
     without_bias = not (args.get("bias") and args.get("beta"))  # has two spellings
+    args = {"env_kwargs": [], **args}  # as of a run older than the flag
     return {k: v for k, v in args.items() if k not in FREE and not (without_bias and k in ("bias", "beta"))}
 
 
@@ -176,7 +173,8 @@ def read_run(run_dir: Path) -> Run:
         args = read_args(run_dir)
         scalars, sound = read_scalars(run_dir)
         finished, problem = (run_dir / "actor.pt").exists(), None
-        sound &= not finished or "eval/episodic_return" in scalars  # which a finished run logs last
+        evaluations, _ = scalars.get("eval/episodic_return", ([-1], []))
+        sound &= not finished or evaluations[-1] == args["total_timesteps"]  # which a finished run logs last
         if missing := [tag for tag in QUANTITIES.values() if tag not in scalars]:
             return Run(run_dir.name, f"{'too short' if sound else 'damaged'}: it has not logged {missing[0]} yet")
         place = f"step {scalars['charts/episodic_return'][0][-1]} of {args['total_timesteps']}"

@@ -154,6 +154,13 @@ class Strange(gym.Env):
         return self.observation_space.sample(), {}
 
 
+class Observes(Strange):
+    """Samples of its observation space, whatever is done, with a reward of 1."""
+
+    def step(self, action):
+        return self.observation_space.sample(), 1.0, False, False, {}
+
+
 class Odd(gym.Env):
     """A point on [-2, 2] that is moved left, not at all or right, and is paid minus its distance from 0; `oddity` says
     what this environment does that others do not."""
@@ -270,8 +277,13 @@ def register() -> None:
     gym.register("TinyImage-v0", Strange, kwargs={"obs": gym.spaces.Box(0, 255, (2, 2, 3), np.uint8)})
     gym.register("ChannelsFirst-v0", Strange, kwargs={"obs": gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)})
     gym.register("Empty-v0", Strange, kwargs={"obs": gym.spaces.Box(0, 1, (0,))})
-    gym.register("DictObs-v0", Strange, kwargs={"obs": gym.spaces.Dict(x=gym.spaces.Discrete(2))})
-    gym.register("DiscreteObs-v0", Strange, kwargs={"obs": gym.spaces.Discrete(5)})
+    gym.register("SequenceObs-v0", Strange, kwargs={"obs": gym.spaces.Sequence(gym.spaces.Discrete(2))})
+    parts = {"place": gym.spaces.Discrete(3, start=-1), "speed": gym.spaces.Box(-2, 2, (2,), np.float64)}
+    observed = {"Dict": gym.spaces.Dict(parts), "Tuple": gym.spaces.Tuple(parts.values()), "Place": parts["place"]}
+    for kind, space in observed.items():
+        gym.register(f"{kind}Obs-v0", Observes, max_episode_steps=20, kwargs={"obs": space})
+        kwargs = {"obs": space, "action": gym.spaces.Box(-1, 1, (1,))}
+        gym.register(f"Continuous{kind}Obs-v0", Observes, max_episode_steps=20, kwargs=kwargs)
     gym.register("OneAction-v0", Strange, kwargs={"action": gym.spaces.Discrete(1)})
     gym.register("ShiftedActions-v0", Strange, kwargs={"action": gym.spaces.Discrete(3, start=1)})
     gym.register("UnboundedBox-v0", Strange, kwargs={"action": gym.spaces.Box(-np.inf, np.inf, (1,))})

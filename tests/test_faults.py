@@ -262,11 +262,27 @@ def test_a_run_whose_folder_others_ask_for_ends_unharmed(scalars):
     same_run(scalars, whole, Path("runs/shared"))
 
 
-def test_a_refused_run_leaves_its_folder_free_in_this_process_too():
-    args = unfinished(sac_discrete)
-    with pytest.raises(sac_discrete.UsageError, match="--gamma") as kept:  # as a notebook keeps the last exception
-        sac_discrete.train(replace(args, gamma=0.5))
-    assert sac_discrete.train(args).exists(), kept
+def test_a_refused_run_leaves_its_folder_free_in_this_process_too(monkeypatch):
+    args, kept = unfinished(sac_discrete), []  # as a notebook keeps the last exception
+    path = Path("runs/unfinished/checkpoint.pt")
+    sound = path.read_bytes()
+
+    def refused(words, **flags):
+        with pytest.raises(sac_discrete.UsageError, match=words) as error:
+            sac_discrete.train(replace(args, **flags))
+        kept.append(error)
+
+    refused("--gamma", gamma=0.5)
+    path.write_bytes(sound[:-100])
+    refused("damaged")
+    state = torch.load(io.BytesIO(sound), weights_only=True)
+    torch.save({key: value for key, value in state.items() if key != "q_optimizer"}, path)
+    refused("not of this script")
+    path.write_bytes(sound)
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    refused("--track", track=True)
+    assert len(kept) == 4
+    assert sac_discrete.train(args).exists()
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "unlockable"])
@@ -452,8 +468,8 @@ def test_a_run_that_was_compiled_is_not_resumed_eagerly(run_script):
 
 def test_the_rows_that_a_full_disk_refuses_are_written_when_there_is_space():
     args = sac_discrete.Args(env_id="Walk-v0", run_name="it", **TINY)
-    run = sac_discrete.Run(args, "SAC", sac_discrete.make_env(args))
-    with run:
+    with sac_discrete.Run(args, "SAC", sac_discrete.make_env(args)) as run:
+        run.start({}, None, None, None)
 
         class Full:
             def write(self, data):

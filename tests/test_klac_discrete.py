@@ -216,7 +216,7 @@ def test_temperature_finds_the_target_from_both_sides_and_the_best_action_gets_p
     """train() in a bandit with one good arm and an actor at its optimum, from far too cold and far too hot (5.4)."""
     n, p = 4, 0.7
     q = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    policies, alphas, real_restore = [], [], klac.Run.restore
+    policies, alphas, real_start = [], [], klac.Run.start
 
     def optimal_actor(batch, actor, critics, log_q, alpha):
         pi = torch.softmax(q / alpha, 0)
@@ -224,14 +224,14 @@ def test_temperature_finds_the_target_from_both_sides_and_the_best_action_gets_p
         alphas.append(alpha.item())
         return {}, math.log(n) + torch.special.xlogy(pi, pi).sum(), {"losses/actor_loss": torch.zeros(())}
 
-    def restore(self, parts, buffer, log_alpha, rng):
-        real_restore(self, parts, buffer, log_alpha, rng)
+    def start_hot_or_cold(self, parts, buffer, log_alpha, rng):
+        real_start(self, parts, buffer, log_alpha, rng)
         log_alpha.fill_(start)
 
     monkeypatch.setattr(klac, "actor_gradients", optimal_actor)
     monkeypatch.setattr(klac, "critic_gradients", lambda *a: ({}, {}))
     monkeypatch.setattr(klac, "descend", lambda *a: None)
-    monkeypatch.setattr(klac.Run, "restore", restore)
+    monkeypatch.setattr(klac.Run, "start", start_hot_or_cold)
     args = Args(env_id="Bandit-v0", total_timesteps=5_001, learning_starts=0, q_lr=1e-2, p_start=p, p_end=p, **FAST)
     args.update_frequency = 1
     klac.train(args)

@@ -293,6 +293,13 @@ def test_runs_that_differ_are_not_mixed_and_the_largest_set_is_drawn(capsys):
     found, said = drawn(trial, klac_trial, first, second, where=["gamma=0.90"])
     assert found == [("KLAC", 1), ("SAC", 2)]
     assert said == "left out: first: not --where gamma=0.90\nleft out: second: not --where gamma=0.90\n"
+    other = read(sac_discrete, 2, "other", env_kwargs=("max_episode_steps=8",), eval_interval=200)
+    assert drawn(first, second, other)[1].startswith("left out: other: env_kwargs ['max_episode_steps=8'], not []")
+    args = json.loads(Path("runs/first/args.json").read_text())
+    older = {key: value for key, value in args.items() if key != "env_kwargs"}  # than the flag
+    assert runs.settings_of(older) == runs.settings_of(args)
+    evaluated = read(sac_discrete, 2, "evaluated", eval_interval=200)
+    assert drawn(first, evaluated) == ([("SAC", 1), ("SAC", 2)], "")
     longer = read(sac_discrete, 2, "longer", total_timesteps=700)
     assert "left out: first: total_timesteps 600, not 700" in drawn(first, longer)[1]  # one each: the longer
     pair = read(klac_discrete, 1, "flag", bias=False), read(klac_discrete, 2, "zero", beta=0.0)
@@ -304,6 +311,16 @@ def test_runs_that_differ_are_not_mixed_and_the_largest_set_is_drawn(capsys):
     Path("runs/copy/actor.pt").unlink()
     runs.tables([runs.read_run(Path("runs/copy")), first], True)
     assert "left out: copy: the same task, algorithm and seed as first" in capsys.readouterr().out
+
+
+def test_a_finished_run_without_its_last_evaluation_is_damaged():
+    run_dir = short_run(sac_discrete, 1, "run", eval_interval=200)
+    run, rows = runs.read_run(run_dir), run_dir / "scalars.csv"
+    assert run.problem is None
+    assert rows.read_text().splitlines()[-2].startswith("600,eval/episodic_return,")
+    assert run.summary["evaluation"] == pytest.approx(float(rows.read_text().splitlines()[-2].split(",")[2]))
+    rows.write_text("\n".join(rows.read_text().splitlines()[:-2]) + "\n")
+    assert runs.read_run(run_dir).problem.startswith("damaged")
 
 
 def test_a_fork_is_an_algorithm_of_its_own():

@@ -9,6 +9,7 @@ import pickle
 import random
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -399,15 +400,28 @@ def test_logged_twice_is_read_once(scalars):
     assert steps == sorted(set(steps))
 
 
-def test_a_resumed_run_is_one_run_in_wandb():
-    def tracked():
-        sac_discrete.train(unfinished(sac_discrete, track=True))
-        wandb.finish()
+def test_a_resumed_run_is_one_run_in_wandb_and_no_step_is_in_it_twice(scalars, monkeypatch):
+    args = sac_discrete.Args(
+        env_id="Walk-v0", run_name="it", resume=True, track=True, **TINY | {"checkpoint_interval": 200}
+    )
+    log = sac_discrete.Run.log
 
-    assert in_a_child(tracked) == 0  # wandb patches the process that it runs in
-    runs = [history_of(folder)[1] for folder in Path("wandb").glob("offline-run-*")]
-    assert len(runs) == 2
-    assert {run.run_id for run in runs} == {"unfinished"}
+    def log_and_die(run, step, values):
+        log(run, step, values)
+        if step > 500:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sac_discrete.Run, "log", log_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        sac_discrete.train(args)
+    monkeypatch.setattr(sac_discrete.Run, "log", log)
+    assert sac_discrete.load(Path("runs/it"))["step"] < 450  # so that some steps are trained again
+    run_dir = sac_discrete.train(args)
+    wandb.teardown()  # its process writes the rest of its files
+    histories = [history_of(folder) for folder in Path("wandb").glob("offline-run-*")]
+    assert [description.run_id for _, description in histories] == ["it"] * 2
+    sent = {tag: sum(counts.get(tag, 0) for counts, _ in histories) for tag in scalars(run_dir)}
+    assert sent == {tag: len(rows) for tag, rows in scalars(run_dir).items()}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run_script):
@@ -434,7 +448,13 @@ def test_a_saved_run_is_evaluated_from_its_folder_alone(run_script, capsys, name
             ["runs/it:", "stochastic", "return"],
         ]
     assert outputs[0] == outputs[1] != outputs[2]
-    assert {file: file.read_bytes() for file in run_dir.iterdir()} == before
+    written = run_dir / "evaluation.json"
+    returns = json.loads(written.read_text())
+    assert returns["seed"] == 2
+    for line, kind in zip(outputs[2][1].splitlines(), ("deterministic", "stochastic"), strict=True):
+        assert len(returns[f"{kind}_returns"]) == 3
+        assert f"return {statistics.mean(returns[f'{kind}_returns']):.2f} +-" in line
+    assert {file: file.read_bytes() for file in run_dir.iterdir() if file != written} == before
     saved = torch.load(run_dir / "actor.pt", weights_only=True)  # the run's own flags hold, not this call's
     saved["args"]["batch_size"] = 5
     torch.save(saved, run_dir / "actor.pt")

@@ -149,7 +149,12 @@ BAD_FLAGS = [
     (["--env-id", "no_such_module:Env-v0"], ["--env-id no_such_module:Env-v0"]),
     (["--env-id", ""], ["--env-id"]),
     (["--env-id", "a:b:c"], ["--env-id a:b:c"]),
-    (["--env-id", "MultiDiscrete-v0"], ["--env-id MultiDiscrete-v0"]),
+    (["--env-id", "MultiDiscrete-v0"], ["--env-id MultiDiscrete-v0", "gymnasium.wrappers.TransformAction"]),
+    (["--env-kwargs", "oddity"], ["--env-kwargs oddity", "key=value"]),
+    (["--env-kwargs", "a b=1"], ["--env-kwargs a b=1", "key=value"]),
+    (["--env-kwargs", "a="], ["--env-kwargs a=", "key=value"]),
+    (["--env-kwargs", "no_such=1"], ["--env-kwargs no_such=1: TypeError", "no_such"]),
+    (["--eval-interval", "401"], ["--eval-interval 401", "at most --total-timesteps 400"]),
     (["--learning-starts", "400"], ["--learning-starts 400", "--total-timesteps 400"]),
     (["--learning-starts", "-1"], ["--learning-starts -1"]),
     (["--batch-size", "65", "--buffer-size", "64"], ["--batch-size 65", "--buffer-size 64"]),
@@ -159,7 +164,7 @@ BAD_FLAGS = [
     *[
         ([f"--{flag}", value], [f"--{flag} {value}", "positive"])
         for flag in ("total-timesteps", "buffer-size", "batch-size", "target-network-frequency", "log-interval",
-                     "eval-episodes")
+                     "eval-episodes", "eval-interval")
         for value in ("0", "-3")
     ],
     *[([f"--{flag}", x], [f"--{flag} {x}"]) for flag in ("policy-lr", "q-lr") for x in ("0.0", "-0.1", "inf")],
@@ -197,18 +202,17 @@ BAD_DISCRETE = [
     (["--env-id", "TinyImage-v0"], ["--env-id TinyImage-v0", "3 x 3"]),
     (["--env-id", "ChannelsFirst-v0"], ["--env-id ChannelsFirst-v0", "channels last", "TransformObservation"]),
     (["--env-id", "Empty-v0"], ["--env-id Empty-v0", "flat"]),
-    (["--env-id", "DictObs-v0"], ["--env-id DictObs-v0", "flat"]),
-    (["--env-id", "DiscreteObs-v0"], ["--env-id DiscreteObs-v0", "flat"]),
+    (["--env-id", "SequenceObs-v0"], ["--env-id SequenceObs-v0", "flat"]),
     (["--update-frequency", "0"], ["--update-frequency 0", "positive"]),
 ]
 BAD_CONTINUOUS = [
     (["--env-id", "HalfCheeta-v5"], ["--env-id HalfCheeta-v5", "HalfCheetah-v5"]),
     (["--env-id", "CartPole-v1"], ["--env-id CartPole-v1", "ac_discrete.py"]),
-    (["--env-id", "UnboundedBox-v0"], ["--env-id UnboundedBox-v0", "bounded"]),
+    (["--env-id", "UnboundedBox-v0"], ["--env-id UnboundedBox-v0", "bounded", "gymnasium.wrappers.TransformAction"]),
     (["--env-id", "HalfBoundedBox-v0"], ["--env-id HalfBoundedBox-v0", "bounded"]),
     (["--env-id", "FlatBox-v0"], ["--env-id FlatBox-v0", "bounded"]),
     (["--env-id", "ByteBox-v0"], ["--env-id ByteBox-v0", "float"]),
-    (["--env-id", "MatrixBox-v0"], ["--env-id MatrixBox-v0", "one dimension"]),
+    (["--env-id", "MatrixBox-v0"], ["--env-id MatrixBox-v0", "flat"]),
     (["--env-id", "ContinuousImage-v0"], ["--env-id ContinuousImage-v0", "flat"]),
     (["--policy-frequency", "0"], ["--policy-frequency 0", "positive"]),
     (["--exploit-radius", "0.0"], ["--exploit-radius 0.0", "positive"]),
@@ -389,9 +393,7 @@ def test_two_tracked_runs_of_one_process_stay_apart_and_a_third_is_not_tracked(s
     capfd.readouterr()
     klac_discrete.train(replace(tracked[0], track=False))
     assert "wandb" not in capfd.readouterr().err
-    # W&B follows the event file from a thread of its own, and may miss what was written just before its end
-    time.sleep(2)
-    wandb.finish()
+    wandb.teardown()  # its process writes the rest of its files
     histories = [history_of(offline_run) for offline_run in Path("wandb").glob("offline-run-*")]
     counts = {description.display_name: counts for counts, description in histories}
     assert len(histories) == 2
@@ -399,6 +401,32 @@ def test_two_tracked_runs_of_one_process_stay_apart_and_a_third_is_not_tracked(s
     for run_dir in run_dirs:
         logged = {tag: len(values) for tag, values in scalars(run_dir).items()}
         assert {tag: counts[run_dir.name][tag] for tag in logged} == logged
+
+
+@pytest.mark.parametrize("name", two_of(SCRIPTS))
+def test_wandb_shows_a_run_over_its_environment_steps_with_its_clips(scalars, monkeypatch, name):
+    logged, metrics, module = [], [], importlib.import_module(name)
+    real = wandb.init
+
+    def init(**settings):
+        run = real(**settings)
+        log, define = run.log, run.define_metric
+        monkeypatch.setattr(run, "log", lambda data, step: logged.append((step, data)) or log(data, step=step))
+        monkeypatch.setattr(run, "define_metric", lambda *a, **k: metrics.append((a, k)) or define(*a, **k))
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+    flags = {"total_timesteps": 300, "learning_starts": 100, "log_interval": 50, "eval_episodes": 1, "compile": False}
+    env_id = "Pendulum-v1" if "continuous" in name else "CartPole-v1"
+    run_dir = module.train(module.Args(env_id=env_id, track=True, capture_video=True, **flags))
+    assert metrics[-1] == (("*",), {"step_metric": "global_step"})
+    assert all(data["global_step"] == step for step, data in logged)
+    sent = {tag: [(step, data[tag]) for step, data in logged if tag in data] for tag in scalars(run_dir)}
+    for tag, rows in scalars(run_dir).items():
+        np.testing.assert_allclose(sent[tag], rows, rtol=1e-6)
+    clips = [clip for _, data in logged for key in data if key.startswith("videos/") for clip in data[key]]
+    assert {key for _, data in logged for key in data if "videos" in key} == {"videos/train", "videos/eval"}
+    assert len(clips) == len(list(run_dir.glob("videos/*/*.mp4"))) > 1
 
 
 @pytest.mark.parametrize(("environment", "word"), [
