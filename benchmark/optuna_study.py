@@ -36,17 +36,22 @@ def main(args: Args, flags: list[str]) -> None:
         code = subprocess.run([sys.executable, *command], check=False).returncode
         if code == 0:
             scalars = pd.read_csv(f"runs/{name}/scalars.csv", index_col="tag")["value"]
-            study.tell(trial, scalars["eval/episodic_return"])
+            outcome = scalars["eval/episodic_return"]
+            study.tell(trial, outcome)
         elif code == 1:
+            outcome = "failed"
             study.tell(trial, state=TrialState.PRUNED)
         else:
             study.tell(trial, state=TrialState.FAIL)
             sys.exit(code)
-        print(f"{done + 1}/{args.trials} trials: {name}: {study.trials[trial.number].value}", flush=True)
+        print(f"{done + 1}/{args.trials} trials: {name}: {outcome}", flush=True)
     if not study.get_trials(states=[TrialState.COMPLETE]):
         sys.exit("no trial has finished")
     print(f"best: {args.study}__{study.best_trial.number}, {study.best_value:g} with {study.best_params}")
 
 
 if __name__ == "__main__":
-    main(*tyro.cli(Args, return_unknown_args=True))
+    try:
+        main(*tyro.cli(Args, return_unknown_args=True))
+    except KeyboardInterrupt:
+        sys.exit(130)
