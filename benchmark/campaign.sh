@@ -69,6 +69,7 @@ if [[ -z $dry_run ]]; then
   list
 else
   rates=$(dirname "$0")/../results/throughput/rates.csv
+  [[ -r $rates ]] || fail "--dry-run: needs the repository, whose results/throughput/rates.csv is not here"
   list | awk -v FS=' ' -v rates="$rates" '
     BEGIN { while ((getline line < rates) > 0) { split(line, x, ","); if (x[3] == "2x1") rate[x[2]] = x[4] / 2 } }
     { script = $2; sub(/\.py$/, "", script); for (i = 1; i <= NF; i++) if ($i == "--total-timesteps") n = $(i + 1)

@@ -31,10 +31,10 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = ("stable_baselines3", "sbx", "benchmark.plain_sac_discrete")
+PEERS = ("stable_baselines3", "sbx", f"{__package__}.plain_sac_discrete")
 CONTESTANTS = {
     "HalfCheetah-v5": ("sac_continuous", "klac_continuous", "stable_baselines3", "sbx"),
-    "Seaquest-v1": ("sac_discrete", "klac_discrete", "benchmark.plain_sac_discrete"),
+    "Seaquest-v1": ("sac_discrete", "klac_discrete", PEERS[2]),
 }
 WARM_UP = 100  # steps at random, and then as many with updates, before the first window
 
@@ -106,8 +106,8 @@ class Contestant:
 
     def __init__(self, name: str, env_id: str, cores: list[int], window: int, full_buffer: bool = False):
         self.name, self.window, self.rates, self.folder = name, window, [], tempfile.TemporaryDirectory()
-        command = [sys.executable, "-m", "benchmark.throughput", "--contest", name, env_id, str(window)]
-        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, "-m", f"{__package__}.throughput", "--contest", name, env_id, str(window)]
+        paths = os.pathsep.join([str(ROOT), os.getcwd(), os.environ.get("PYTHONPATH", "")])
         threads = {"OMP_NUM_THREADS": str(len(cores)), "PYTHONPATH": paths}
         self.process = subprocess.Popen(
             command + ["--full-buffer"] * full_buffer, cwd=self.folder.name, env=os.environ | threads, text=True,
@@ -244,6 +244,10 @@ def main() -> None:
         return contest(contestant, env_id, int(window), args.full_buffer)
     if args.windows < 1 or args.window < 1:
         parser.error(f"--windows {args.windows} --window {args.window}: must be positive")
+    for task in args.tasks:
+        for name in CONTESTANTS[task]:
+            if name not in PEERS and not importlib.util.find_spec(name):
+                parser.error(f"{name}.py: must be in the current folder")
     if args.against:
         folder = old_scripts(args.against)
         os.environ["PYTHONPATH"] = folder.name  # of the contestants, too

@@ -7,7 +7,6 @@ one algorithm whose settings differ are told apart by what differs: "KLAC, p_sta
 
 import itertools
 import math
-import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,9 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from plotting.figures import MINATAR, STYLES, save, seeds_of, styles_of, symlog, unit_of
-from plotting.runs import QUANTITIES, label, markdown, read_args, read_scalars, settings_of
+from .console import run
+from .figures import MINATAR, STYLES, save, seeds_of, styles_of, symlog, unit_of
+from .runs import QUANTITIES, label, markdown, read_args, read_scalars, settings_of
 
 NAMES = {
     "return": "episodic return",
@@ -208,8 +208,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (ValueError, OSError) as error:
-        print(f"plotting.curves: {error}", file=sys.stderr)
-        sys.exit(2)
+    run("plotting.curves", main, Args)

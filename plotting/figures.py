@@ -16,7 +16,6 @@ table.csv (a row a task and algorithm). A run's score is the mean of its ten bes
 """
 
 import itertools
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,8 +30,9 @@ import scipy.stats
 import tyro
 from matplotlib.ticker import NullLocator, SymmetricalLogLocator
 
-from plotting.runs import add_kept, markdown, read_folders, read_wandb, tables
-from plotting.statistics import AGGREGATES, interval, normalise, performance_profile, profile_interval
+from .console import run
+from .runs import add_kept, markdown, read_folders, read_wandb, tables
+from .statistics import AGGREGATES, interval, normalise, performance_profile, profile_interval
 
 MUJOCO = ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5", "Swimmer-v5"]
 MUJOCO += ["InvertedPendulum-v5", "Reacher-v5"]
@@ -314,8 +314,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (ValueError, OSError) as error:
-        print(f"plotting.figures: {error}", file=sys.stderr)
-        sys.exit(2)
+    run("plotting.figures", main, Args)

@@ -8,7 +8,6 @@ on the slice, and for SAC-AdaEnt the plain ones beside it. Where the two peak ap
 Writes landscape.pdf, .png and .csv. Continuous actions only.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +21,8 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+
+from .console import run
 
 POINTS = 401
 CURVES = {"critics": ("Q", "#D55E00", "--"), "plain_critics": ("plain Q", "#0072B2", "-")}  # a pair of the stack each
@@ -137,8 +138,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (ValueError, OSError) as error:
-        print(f"plotting.landscape: {error}", file=sys.stderr)
-        sys.exit(2)
+    run("plotting.landscape", main, Args)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import tyro
 
+import klac_discrete
 from plotting.runs import label, read_args
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,7 @@ BLOCKS = [
     for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)
 ]
 # What CI runs from the README, what installs, and what needs a cluster or a second machine (test_slurm.py has both)
-BEYOND = ("python3 -m venv", ". .venv/bin/activate", "pip install", "benchmark/run_")
+BEYOND = ("python3 -m venv", ". .venv/bin/activate", "pip install", "benchmark/run_", "wandb sweep")
 LINES = [
     (page.name, line.split(" #")[0].strip())
     for page, kind, block in BLOCKS
@@ -61,7 +62,11 @@ def test_every_command_has_flags_that_exist(page, command):
     module = words[2] if words[1] == "-m" else words[1].removesuffix(".py")
     flags = words[3:] if words[1] == "-m" else words[2:]
     flags = flags[: flags.index(">")] if ">" in flags else flags
-    tyro.cli(importlib.import_module(module).Args, args=flags)
+    _, others = tyro.cli(importlib.import_module(module).Args, args=flags, return_unknown_args=True)
+    if module == "benchmark.optuna_study":  # which hands them on
+        tyro.cli(klac_discrete.Args, args=others)
+    else:
+        assert not others
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

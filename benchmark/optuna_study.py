@@ -1,0 +1,57 @@
+"""An Optuna study of KLAC's bias and schedule; edit `main` for another script, other ranges or several seeds a trial.
+
+    python -m benchmark.optuna_study --trials 20 --env-id Asterix-v1 --total-timesteps 500000
+
+What is not a flag of this file is one of klac_discrete.py, which must be in the current folder. A trial is the run
+runs/STUDY__NUMBER. The same command goes on with the study, which is in STUDY.db; several at once share it. A run that
+fails, as one whose loss is not finite does, is a pruned trial; flags that cannot work end the study.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import optuna
+import pandas as pd
+import tyro
+from optuna.trial import TrialState
+
+
+@dataclass
+class Args:
+    trials: int = 20
+    """trials of the study, those of earlier calls included"""
+    study: str = "study"
+    """name of the study"""
+
+
+def main(args: Args, flags: list[str]) -> None:
+    storage = f"sqlite:///{args.study}.db"
+    study = optuna.create_study(study_name=args.study, storage=storage, direction="maximize", load_if_exists=True)
+    while (done := len(study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED]))) < args.trials:
+        trial = study.ask()
+        name = f"{args.study}__{trial.number}"
+        beta, p_end = trial.suggest_float("beta", 0.001, 0.3, log=True), trial.suggest_float("p_end", 0.65, 0.95)
+        command = ["klac_discrete.py", "--run-name", name, "--beta", str(beta), "--p-end", str(p_end), *flags]
+        code = subprocess.run([sys.executable, *command], check=False).returncode
+        if code == 0:
+            scalars = pd.read_csv(f"runs/{name}/scalars.csv", index_col="tag")["value"]
+            outcome = scalars["eval/episodic_return"]
+            study.tell(trial, outcome)
+        elif code == 1:
+            outcome = "failed"
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, state=TrialState.FAIL)
+            sys.exit(code)
+        print(f"{done + 1}/{args.trials} trials: {name}: {outcome}", flush=True)
+    if not study.get_trials(states=[TrialState.COMPLETE]):
+        sys.exit("no trial has finished")
+    print(f"best: {args.study}__{study.best_trial.number}, {study.best_value:g} with {study.best_params}")
+
+
+if __name__ == "__main__":
+    try:
+        main(*tyro.cli(Args, return_unknown_args=True))
+    except KeyboardInterrupt:
+        sys.exit(130)
