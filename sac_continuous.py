@@ -141,8 +141,9 @@ class Actor(Networks):
     def __init__(self, obs_dim: int, box: gym.spaces.Box):
         super().__init__(1, obs_dim, 2 * box.shape[0])
         self.box = box
-        self.register_buffer("scale", torch.as_tensor((box.high - box.low) / 2, dtype=torch.float32), persistent=False)
-        self.register_buffer("centre", torch.as_tensor((box.high + box.low) / 2, dtype=torch.float32), persistent=False)
+        low, high = [torch.as_tensor(bound / 2, dtype=torch.float32) for bound in (box.low, box.high)]
+        self.register_buffer("scale", high - low, persistent=False)
+        self.register_buffer("centre", high + low, persistent=False)
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log standard deviation of the Gaussian before tanh, (B, d) each."""
@@ -440,7 +441,7 @@ def check_flags(args: Args) -> None:
             rules.append((name, math.isfinite(value), "finite"))
         if name in ("policy_lr", "q_lr", "exploit_radius"):
             rules.append((name, value > 0, "positive"))
-        if name in ("p_start", "p_end", "target_entropy_scale") and value is not None:
+        if name == "target_entropy_scale":
             rules.append((name, 0 < value < 1, "in (0, 1)"))
         if name.endswith("_frequency") or (name in ("log_interval", "eval_interval") and value is not None):
             rules.append((name, value <= total or value == getattr(Args, name), f"at most --total-timesteps {total}"))
@@ -469,10 +470,10 @@ def check_range(args: Args, name: str, low: float, high: float, why: str = "") -
 
 
 def stored_dtype(space: gym.Space) -> np.dtype:
-    """What the buffer keeps of a space: its own dtype, but float32 for float64 and int64 for discrete actions."""
+    """What the buffer keeps of a space: its own dtype, but at most float32, and int64 for discrete actions."""
     if isinstance(space, gym.spaces.Discrete):
         return np.dtype(np.int64)
-    return np.dtype(np.float32) if space.dtype == np.float64 else space.dtype
+    return np.dtype(np.float32) if space.dtype.kind == "f" and space.dtype.itemsize > 4 else space.dtype
 
 
 def check_memory(args: Args, env: gym.Env) -> None:
@@ -503,8 +504,14 @@ class Checked(gym.Wrapper):
             inside = ((self.space.low - slack <= obs) & (obs <= self.space.high + slack)).all()
             require(inside, f"{self.observes} {obs.min()} to {obs.max()}, its space is {self.space}")
 
+    def array(self, value, what: str) -> np.ndarray:
+        try:
+            return np.asarray(value)
+        except Exception as error:  # it is ragged, or torch's and on a GPU
+            raise UsageError(f"{what} is no array of numbers: {error!s:.200}") from error
+
     def convert(self, obs) -> np.ndarray:
-        given = np.asarray(obs)
+        given = self.array(obs, f"--env-id {self.name}: the observation")
         castable = given.dtype.kind in ("buif" if self.dtype.kind == "f" else "bui")
         if not castable or given.shape != self.space.shape:
             raise UsageError(f"{self.observes} {given.dtype} {given.shape}, its space is {self.space}")
@@ -521,12 +528,15 @@ class Checked(gym.Wrapper):
         return self.convert(obs), info
 
     def step(self, action):
-        sent = action.copy() if isinstance(action, np.ndarray) else action + int(self.action_space.start)
+        if isinstance(action, np.ndarray):
+            sent = action.astype(self.action_space.dtype)
+        else:
+            sent = action + int(self.action_space.start)
         obs, reward, terminated, truncated, info = self.env.step(sent)
-        reward = np.asarray(reward)
-        valid = reward.size == 1 and reward.dtype.kind in "buif"
-        require(valid, f"--env-id {self.name}: the reward must be one number, not {reward!r}")
-        reward = float(reward.item())
+        given = self.array(reward, f"--env-id {self.name}: the reward")
+        valid = given.size == 1 and given.dtype.kind in "buif"
+        require(valid, f"--env-id {self.name}: the reward must be one number, not {reward!r:.100}")
+        reward = float(given.item())
         if not abs(reward) <= torch.finfo(torch.float32).max:
             raise NotFinite(f"the environment's reward is {reward}")
         return self.convert(obs), reward, bool(terminated), bool(truncated), info
@@ -555,8 +565,8 @@ def make_gym(args: Args, env_id: str, render: bool) -> gym.Env:
     if render:
         given.append("--capture-video")
         kwargs["render_mode"] = "rgb_array"
-        if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
-            os.environ["MUJOCO_GL"] = "egl"  # a server without a display
+        if not os.environ.get("MUJOCO_GL") and ctypes.util.find_library("EGL"):
+            os.environ["MUJOCO_GL"] = "egl"  # works on a server without a display too
     try:
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
         if env.spec.max_episode_steps is None:  # a policy that stays alive would be neither logged nor saved
@@ -570,10 +580,12 @@ def make_gym(args: Args, env_id: str, render: bool) -> gym.Env:
     except Exception as error:  # of Gymnasium, of an imported module, or of the environment itself
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}: {error}"
-        if isinstance(error, gym.error.UnregisteredEnv):
-            namespace, _, name = env_id.rpartition("/")
-            known = [x.rpartition("/")[2] for x in gym.registry if x.startswith(f"{namespace}/") or not namespace]
-            reason = f"{error} Nearest ids: {', '.join(difflib.get_close_matches(name, known, cutoff=0))}"
+        module, colon, name = env_id.rpartition(":")
+        if isinstance(error, gym.error.UnregisteredEnv) and name not in gym.registry:
+            known = [x for x in gym.registry if x.rpartition("/")[0] == name.rpartition("/")[0] != ""]
+            known = known or [x.removeprefix("MinAtar/") for x in gym.registry]
+            nearest = [f"{module}{colon}{x}" for x in difflib.get_close_matches(name, known, cutoff=0)]
+            reason = f"{error} Nearest ids: {', '.join(nearest)}"
         raise UsageError(f"{' '.join(given)}: {reason}") from error
 
 
@@ -588,6 +600,7 @@ def load(saved: Path) -> dict | None:
                 require(bad is None, f"the checksum of {bad} is wrong")
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 _ = state["args"]["env_id"], state["actor"]  # what every saved run has
+                require("step" in state or path.name != "checkpoint.pt", "it has no step")
                 return state
     return None
 
@@ -668,6 +681,7 @@ class Run:
         with refusing(f"--run-name {self.folder.name}: {holder} is running it"):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.lock.truncate(0)
+        os.register_at_fork(after_in_child=self.lock.close)  # a worker of the environment's may outlive this process
         print(f"process {os.getpid()} on {socket.gethostname()}", file=self.lock, flush=True)
         for partial in self.folder.glob("partial-*"):  # of a process that was killed
             partial.unlink()
@@ -689,7 +703,8 @@ class Run:
         if self.state:
             with refusing(f"{self.folder / 'checkpoint.pt'}: not of this script and task"):
                 self.step = self.saved_step = self.state["step"]
-                require(0 < self.step <= self.args.total_timesteps, f"it is of step {self.step}")
+                valid = type(self.step) is int and 0 < self.step <= self.args.total_timesteps
+                require(valid, f"it is of step {self.step}")
                 self.hours, self.csv_size = self.state["hours"], self.state["csv_size"]
                 self.best_return = self.state["best_return"]
                 for name, part in parts.items():
@@ -701,14 +716,19 @@ class Run:
                 rng.bit_generator.state = self.state["rng"]
                 torch.set_rng_state(self.state["torch_rng"])
         self.state = None
+        rows = self.folder / "scalars.csv"
+        whole = self.csv_size == 0 or (rows.exists() and rows.stat().st_size >= self.csv_size)
+        require(whole, f"--resume: {rows} has lost rows since the checkpoint; without the folder the run starts afresh")
         if self.args.track:
             with refusing("--track: W&B"):
                 self.start_wandb()
         with refusing(f"--run-name {self.folder.name}: must be a new, writable folder"):
             self.folder.mkdir(parents=True, exist_ok=self.args.resume)
-            self.csv = (self.folder / "scalars.csv").open("ab", buffering=0)
+            self.csv = rows.open("ab", buffering=0)
         if self.lock is None:
             self.own()
+            begun = (self.folder / "checkpoint.pt").exists() or (self.folder / "actor.pt").exists()
+            require(not begun, f"--run-name {self.folder.name}: begun by another process just now; resume it")
         self.csv.truncate(self.csv_size)  # what was logged after the checkpoint is logged again
         if self.csv_size == 0:
             self.pending = b"step,tag,value\n"
@@ -758,7 +778,8 @@ class Run:
         self.stopped_by = number
         for each, handler in self.handlers.items():
             signal.signal(each, handler)
-        if number == getattr(signal, "SIGHUP", None):  # the terminal is gone
+        if number == getattr(signal, "SIGHUP", None):  # the terminal is gone, which may be said more than once
+            signal.signal(number, signal.SIG_IGN)
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
             if self.bar is not None:
                 self.bar.fp = sys.stderr

@@ -185,10 +185,18 @@ def main(args: Args) -> None:
     if not args.redraw:
         if not args.runs:
             raise ValueError("no run given: name at least one run's folder, or --redraw")
-        runs = [read_run(run_dir, args.bin, args.steps) for run_dir in args.runs]
+        runs, used = [], []
+        for run_dir in args.runs:
+            try:
+                runs.append(read_run(run_dir, args.bin, args.steps))
+                used.append(run_dir)
+            except ValueError as error:
+                if run_dir is args.runs[-1] and not runs:
+                    raise
+                print(f"left out: {error}")
         tell_apart(runs)
         seen = {}
-        for run_dir, (_, row, _) in zip(args.runs, runs, strict=True):
+        for run_dir, (_, row, _) in zip(used, runs, strict=True):
             if (other := seen.setdefault(tuple(row[name] for name in key), run_dir)) is not run_dir:
                 raise ValueError(f"{run_dir}: the same task, algorithm and seed as {other}")
         curves = pd.concat([table for table, _, _ in runs]).sort_values([*key, "step"])

@@ -8,6 +8,7 @@ on the slice, and for SAC-AdaEnt the plain ones beside it. Where the two peak ap
 Writes landscape.pdf, .png and .csv. Continuous actions only.
 """
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -84,6 +85,9 @@ def main(args: Args) -> None:
     if args.steps < 0 or args.dimensions < 1 or args.seed < 0:
         raise ValueError("--steps and --seed must be at least 0, --dimensions at least 1")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch does not look at the checksums
+                raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         env_id = saved.pop("args")["env_id"]
     except Exception as error:  # torch raises a different error for each damage

@@ -51,10 +51,15 @@ def read_args(run_dir: Path) -> dict:
     """The arguments of a run. Raises ValueError if they are not those of one."""
     try:
         args = json.loads((run_dir / "args.json").read_text())
+        json.dumps(args, ensure_ascii=False).encode()  # not so half of a surrogate pair, which nothing prints
     except ValueError as error:
         raise ValueError("args.json is damaged") from error
     of_a_run = isinstance(args, dict) and all(type(args.get(name)) is kind for name, kind in KINDS.items())
-    if not of_a_run or args["total_timesteps"] < 1:
+    if of_a_run:
+        names = args["env_id"], args["algorithm"], args.get("exp_name", SCRIPTS[0])
+        of_a_run = all(isinstance(name, str) and name and "$" not in name for name in names)  # $ begins a formula
+        of_a_run &= args["total_timesteps"] > 0 and all(abs(x) < 2**62 for x in args.values() if type(x) is int)
+    if not of_a_run:
         raise ValueError("args.json is not that of a run")
     return args
 
@@ -96,18 +101,21 @@ def read_events(run_dir: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]]
     """The scalars of a run's TensorBoard files, without what a resumed run took back, and whether they are sound.
     TensorBoard passes over the rest of a damaged file, and says nothing."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader, RawEventFileLoader
 
     sound = True
-    for file in run_dir.glob("events.out.tfevents.*"):
+    for number, file in enumerate(sorted(run_dir.glob("events.out.tfevents.*"))):
         read = sum(len(record) + 16 for record in RawEventFileLoader(str(file)).Load())  # bytes, with the frame's 16
         sound &= file.stat().st_size - read < 200  # a kill tears the last record, which is a scalar's
+        if number == 0:  # which goes on from no checkpoint, or the one before it is lost
+            sound &= not any(x.HasField("session_log") and x.step > 0 for x in EventFileLoader(str(file)).Load())
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     rows = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     scalars = {
         tag: (np.array([row.step for row in part]), np.array([row.value for row in part], np.float32))
         for tag, part in rows.items()
     }
+    sound &= all((np.diff(steps) >= 0).all() for steps, _ in scalars.values())
     if part := rows.get("charts/episodic_return"):
         hours = np.array([row.wall_time - part[0].wall_time for row in part]) / 3600
         scalars.setdefault("charts/hours", (scalars["charts/episodic_return"][0], hours))
@@ -287,16 +295,21 @@ def holds(condition: str, settings: dict) -> bool:
         return value.lower() == str(settings[key]).lower()
 
 
+def comparable(value) -> str:
+    """The setting in words that are equal for 1 and 1.0, and not for 1 and true."""
+    return repr(float(value) if type(value) is int else value)
+
+
 def largest_set(runs: list[Run], keys: set[str], say) -> list[Run]:
     """The most runs that agree in these settings (of sets as large, that of the longest runs)."""
     sets = {}
     for run in runs:
-        sets.setdefault(repr([run.settings.get(key) for key in sorted(keys)]), []).append(run)
+        sets.setdefault(str([comparable(run.settings.get(key)) for key in sorted(keys)]), []).append(run)
     taken = max(sets.values(), key=lambda alike: (len(alike), alike[0].summary["budget"]))
     for run in runs:
         if run not in taken:
             ours, theirs = run.settings, taken[0].settings
-            differing = [key for key in sorted(keys) if ours.get(key) != theirs.get(key)]
+            differing = [key for key in sorted(keys) if comparable(ours.get(key)) != comparable(theirs.get(key))]
             words = ", ".join(f"{key} {ours.get(key)}, not {theirs.get(key)}" for key in differing)
             say(f"left out: {run.name}: {words} (--where {differing[0]}={ours.get(differing[0])} draws such runs)")
     return taken

@@ -1,7 +1,12 @@
 """Small environments that the tests train on, registered under plain ids by importing this module."""
 
+import os
+import time
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
+import torch
 
 
 class Catch(gym.Env):
@@ -165,20 +170,25 @@ class Odd(gym.Env):
     """A point on [-2, 2] that is moved left, not at all or right, and is paid minus its distance from 0; `oddity` says
     what this environment does that others do not."""
 
-    def __init__(self, oddity="plain", continuous=False, dtype=np.int64, start=0):
+    def __init__(self, oddity="plain", continuous=False, dtype=None, start=0):
         self.oddity, self.state, self.seen = oddity, np.zeros(2, np.float32), []
         self.observation_space = gym.spaces.Box(-10, 10, (2,), np.float32)
         if oddity in ("bytes", "wide"):
             self.observation_space = gym.spaces.Box(0, 255, (2,), np.uint8)
         if oddity == "least":
             self.observation_space = gym.spaces.Box(-128, 127, (2,), np.int8)
-        discrete = gym.spaces.Discrete(3, start=start, dtype=dtype)
-        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32) if continuous else discrete
+        if continuous:
+            self.action_space = gym.spaces.Box(-1, 1, (1,), dtype or np.float32)
+        else:
+            self.action_space = gym.spaces.Discrete(3, start=start, dtype=dtype or np.int64)
+        if oddity == "long":
+            self.observation_space = gym.spaces.Box(-10, 10, (2,), np.longdouble)
 
     def _observe(self):
         if self.oddity == "alias":
             return self.state  # the array that the next step overwrites
         copies = {"row": self.state[None].copy(), "list": self.state.tolist(), "view": self.state[::-1].copy()[::-1]}
+        copies |= {"ragged": [[1, 2], 3], "gradient": torch.ones(2, requires_grad=True)}
         copies |= {"wide": np.array([300, -1]), "least": np.array([-128, 127], np.int8)}
         return copies.get(self.oddity, self.state.copy())
 
@@ -191,6 +201,8 @@ class Odd(gym.Env):
     def step(self, action):
         self.steps += 1
         self.seen.append(action)
+        if self.oddity == "strict":
+            assert self.action_space.contains(action), repr(action)
         move = float(action[0]) if isinstance(self.action_space, gym.spaces.Box) else int(action) - 1
         self.state[0] = np.clip(self.state[0] + 0.1 * move, -2, 2)
         self.state[1] += 0.05
@@ -210,6 +222,8 @@ class Odd(gym.Env):
                 raise ConnectionResetError(104, "Connection reset by peer")
         if self.oddity == "two rewards":
             reward = np.array([reward, 0.0])
+        if self.oddity == "ragged reward":
+            reward = [[1, 2], 3]
         return self._observe(), reward, False, False, {}
 
 
@@ -235,10 +249,28 @@ class Grey(gym.Env):
 
 
 class Refuses(gym.Env):
-    """Its own __init__ fails."""
+    """Its own __init__ fails, by itself or for want of another environment."""
 
-    def __init__(self):
+    def __init__(self, inner=None):
+        if inner is not None:
+            gym.make(inner)
         assert "map" == "found"
+
+
+class Forks(Walk):
+    """Has a worker, forked at the first reset, that outlives the process."""
+
+    workers = 0
+
+    def reset(self, **kwargs):
+        Forks.workers += 1
+        if Forks.workers == 2:  # the first reset is that of the check, before the run has a folder
+            worker = os.fork()
+            if worker == 0:
+                time.sleep(60)
+                os._exit(0)
+            Path("worker").write_text(str(worker))
+        return super().reset(**kwargs)
 
 
 def register() -> None:
@@ -258,11 +290,19 @@ def register() -> None:
     gym.register("Drift-v0", Drift, max_episode_steps=8)
     gym.register("Walk-v0", Walk, max_episode_steps=8)
     kinds = ["plain", "alias", "row", "list", "view", "bytes", "wide", "least", "two rewards"]
+    kinds += ["ragged", "gradient", "ragged reward", "long"]
     kinds += ["nan", "infinite reward", "huge", "huge reward", "broken pipe", "own check"]
     for kind in kinds:
         for prefix, continuous in (("Odd", False), ("ContinuousOdd", True)):
             name = f"{prefix}{kind.title().replace(' ', '')}-v0"
-            gym.register(name, Odd, max_episode_steps=20, kwargs={"oddity": kind, "continuous": continuous})
+            kwargs = {"oddity": kind, "continuous": continuous}
+            gym.register(name, Odd, max_episode_steps=20, kwargs=kwargs)
+    for width in (np.float16, np.float32, np.float64):
+        kwargs = {"oddity": "strict", "continuous": True, "dtype": width}
+        gym.register(f"ContinuousOddStrict{width.__name__.title()}-v0", Odd, max_episode_steps=20, kwargs=kwargs)
+    for width in (np.int16, np.int32, np.uint8, np.uint64):
+        kwargs = {"oddity": "plain", "dtype": width}
+        gym.register(f"Odd{width.__name__.title()}-v0", Odd, max_episode_steps=20, kwargs=kwargs)
     gym.register("OddInt8-v0", Odd, max_episode_steps=20, kwargs={"dtype": np.int8})
     gym.register("OddStart-v0", Odd, max_episode_steps=20, kwargs={"start": 2})
     gym.register("GreyBytes-v0", Grey)
@@ -270,6 +310,8 @@ def register() -> None:
     gym.register("GreyFirst-v0", Grey, kwargs={"shape": (3, 24, 32), "declared": np.float32})
     gym.register("GreyStack-v0", Grey, kwargs={"shape": (4, 210, 160), "declared": np.float32})
     gym.register("Refuses-v0", Refuses)
+    gym.register("Needs-v0", Refuses, kwargs={"inner": "NoSuchInner-v0"})
+    gym.register("Forks-v0", Forks, max_episode_steps=8)
     gym.register("Endless-v0", Endless, max_episode_steps=10**9)
     gym.register("Unlimited-v0", Endless)
     gym.register("ContinuousUnlimited-v0", OneStep, kwargs={"ending": None, "continuous": True})

@@ -113,7 +113,7 @@ def test_settings_that_differ_on_a_task_are_part_of_the_name_and_those_that_diff
     assert set(pd.read_csv("lengths/summary.csv")["algorithm"]) == names
 
 
-def test_wrong_calls_and_damaged_runs_are_refused():
+def test_wrong_calls_and_damaged_runs_are_refused(capsys):
     first = finished_run(1)
     with pytest.raises(ValueError, match="the same task, algorithm and seed as runs/"):
         curves.main(curves.Args(runs=[first, finished_run(1)], out=Path("out")))
@@ -136,6 +136,9 @@ def test_wrong_calls_and_damaged_runs_are_refused():
         (copy / "args.json").write_text(text)
         with pytest.raises(ValueError, match=r"copy: args\.json is"):
             curves.main(curves.Args(runs=[copy], out=Path("out")))
+        curves.main(curves.Args(runs=[copy, first], out=Path("others")))  # it stops no figure of the others
+        assert len(pd.read_csv("others/summary.csv")) == 1
+        assert "left out: copy: args.json is" in capsys.readouterr().out
     content = rows.read_bytes()
     for damage in (content[: len(content) // 2], content.replace(b"\n500,", b"\n5x0,", 1), b""):
         rows.write_bytes(damage)

@@ -121,7 +121,8 @@ def test_floats_under_a_float_space_are_learnt(scalars):
 
 
 def test_action_spaces_of_any_width_and_start_work(monkeypatch):
-    assert trained("sac_discrete", "OddInt8-v0").exists()
+    for width in ("Int8", "Int16", "Int32", "Uint8", "Uint64"):
+        assert trained("sac_discrete", f"Odd{width}-v0", total_timesteps=150).exists()
     made, real = [], klac_discrete.make_gym
     monkeypatch.setattr(klac_discrete, "make_gym", lambda *a: made.append(real(*a)) or made[-1])
     stored, add = [], klac_discrete.ReplayBuffer.add
@@ -206,7 +207,15 @@ def test_an_environment_that_cannot_be_made_says_where(run_script, name, prefix)
     assert "Nearest" not in err
     code, _, err = run_script(name, "--env-id", f"{prefix}Refuse-v0", *SHORT)
     assert code == 2
-    assert "Nearest ids: Refuses-v0" in err
+    assert f"Nearest ids: {prefix}Refuses-v0" in err  # as it can be typed
+    code, _, err = run_script(name, "--env-id", f"{prefix}Needs-v0", *SHORT)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "NameNotFound in " in err  # of what the environment itself asks for: its id is known
+    assert "Nearest" not in err
+    code, _, err = run_script(name, "--env-id", f"{prefix}No/Refuse-v0", *SHORT)
+    assert code == 2
+    assert "Nearest ids: " in err
+    assert err.rstrip().rpartition("Nearest ids: ")[2]
 
 
 def command_of(name, *flags, run_name):
@@ -237,6 +246,114 @@ def test_a_folder_has_one_owner_and_its_lock_dies_with_it():
     _, err = third.communicate(timeout=60)
     assert third.returncode == 129, err
     assert torch.load("runs/shared/checkpoint.pt", weights_only=True)["step"] > int(line.split("from step ")[1])
+
+
+def test_a_worker_of_the_environment_does_not_keep_the_folder():
+    flags = ["--resume", "--total-timesteps", "1000000", "--env-id", "tests.envs:Forks-v0"]
+    command = command_of("sac_discrete", *flags, run_name="shared")
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **SETTING)
+    while not Path("worker").exists() or not Path("worker").read_text():
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    worker = int(Path("worker").read_text())
+    try:
+        os.kill(worker, 0)  # it lives
+        second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **SETTING)
+        line = second.stdout.readline()
+        second.kill()
+        assert "from step " in line, second.stderr.read()
+        second.communicate()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.kill(int(Path("worker").read_text()), signal.SIGKILL)
+
+
+def test_a_folder_begun_by_another_process_since_is_refused_and_left_alone():
+    args = sac_discrete.Args(env_id="Walk-v0", run_name="it", resume=True, **TINY)
+    with sac_discrete.Run(args, "SAC", sac_discrete.make_env(args)) as late:
+        run_dir = sac_discrete.train(args)
+        rows = (run_dir / "scalars.csv").read_bytes()
+        with pytest.raises(sac_discrete.UsageError, match="--run-name it: begun by another process"):
+            late.start({}, None, None, None)
+    assert (run_dir / "scalars.csv").read_bytes() == rows
+
+
+def test_rows_lost_since_the_checkpoint_are_refused_at_the_start(run_script):
+    unfinished(sac_discrete)
+    path, flags = Path("runs/unfinished/scalars.csv"), ["--run-name", "unfinished", "--resume", *FLAGS]
+    for change in (lambda: path.write_bytes(path.read_bytes()[:-40]), path.unlink):
+        change()
+        code, _, err = run_script("sac_discrete", "--env-id", "Walk-v0", *flags)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert "runs/unfinished/scalars.csv has lost rows since the checkpoint" in err
+
+
+def test_a_checkpoint_without_its_step_is_refused_and_not_removed(run_script):
+    unfinished(sac_discrete)
+    path = Path("runs/unfinished/checkpoint.pt")
+    state = torch.load(path, weights_only=True)
+    del state["step"]
+    torch.save(state, path)
+    content = path.read_bytes()
+    code, _, err = run_script("sac_discrete", "--env-id", "Walk-v0", "--run-name", "unfinished", "--resume", *FLAGS)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "checkpoint.pt: damaged" in err
+    assert "it has no step" in err
+    assert path.read_bytes() == content
+
+
+def test_the_file_that_a_checkpoint_is_written_to_is_the_process_s_own(monkeypatch):
+    written, real = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: written.append(file.name) or real(state, file))
+    trained("sac_discrete", "Walk-v0")
+    assert len(written) > 2
+    assert {Path(name).name for name in written} == {f"partial-{os.getpid()}"}
+
+
+@pytest.mark.parametrize("kind", ["Float16", "Float32", "Float64"])
+@pytest.mark.parametrize("name", two_of([name for name in SCRIPTS if "continuous" in name]))
+def test_an_action_has_its_space_s_dtype(name, kind):
+    assert trained(name, f"ContinuousOddStrict{kind}-v0", total_timesteps=200).exists()
+
+
+def test_an_action_box_as_wide_as_its_dtype_is_kept_whole(monkeypatch):
+    box = gym.spaces.Box(np.float16([-6e4]), np.float16([6e4]), dtype=np.float16)
+    actor = sac_continuous.Actor(2, box)
+    assert (actor.scale.item(), actor.centre.item()) == (np.float16(6e4), 0)
+
+
+@pytest.mark.parametrize("name", two_of(SCRIPTS))
+@pytest.mark.parametrize("kind", ["Ragged", "Gradient", "RaggedReward"])
+def test_what_is_no_array_is_refused_in_one_line(run_script, name, kind):
+    code, _, err = run_script(name, "--env-id", odd(name, kind), *SHORT)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert f"--env-id {odd(name, kind)}: the " in err
+    assert " is no array of numbers: " in err
+
+
+@pytest.mark.parametrize("name", two_of(SCRIPTS))
+def test_a_wide_float_is_kept_as_float32(name):
+    plain, wide = [networks_of(trained(name, odd(name, kind), total_timesteps=300)) for kind in ("Plain", "Long")]
+    assert all(torch.equal(plain[key], wide[key]) for key in plain)
+
+
+def test_bytes_under_a_float_space_are_not_scaled(monkeypatch):
+    """A frame of bytes whose space is one of floats up to 255: acting and learning see the same numbers."""
+    space = gym.spaces.Box(0, 255, (12, 12, 3), np.float32)
+    monkeypatch.setattr(tests.envs.Grey, "_observe", lambda self: np.full((12, 12, 3), 100 * self.side, np.uint8))
+    args = klac_discrete.Args(env_id="GreyFloats-v0")
+    monkeypatch.setattr(tests.envs.Grey, "__init__", lambda self, **_: setattr(self, "observation_space", space))
+    env = klac_discrete.make_env(args)
+    buffer = klac_discrete.ReplayBuffer(4, env, torch.device("cpu"))
+    obs, _ = env.reset(seed=0)
+    assert obs.dtype == np.float32
+    buffer.add(obs, 0, 0.0, obs, False)
+    stored = buffer.sample(1, np.random.default_rng(0)).obs
+    acted = klac_discrete.preprocess(torch.as_tensor(obs[None]))
+    assert torch.equal(stored, acted)
+    assert acted.max() in (0, 100)
 
 
 def test_a_run_whose_folder_others_ask_for_ends_unharmed(scalars):
@@ -386,6 +503,8 @@ def lacking(state, name):
     lambda state: state.update(step=-5),
     lambda state: state.update(step=10**9),
     lambda state: state.update(step="many"),
+    lambda state: state.update(step=1.5),
+    lambda state: state.update(step=True),
     lambda state: state["actor"].update(w3=torch.zeros(1, 128, 9)),
 ])  # fmt: skip
 def test_a_checkpoint_that_is_not_this_run_s_is_refused(run_script, change):

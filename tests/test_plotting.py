@@ -92,10 +92,18 @@ def test_a_damaged_event_file_of_an_older_run_is_said(number):
     files[number].write_bytes(b"no events" * 100)
     assert runs.read_run(run_dir).problem.startswith("damaged")
     files[number].unlink()
+    assert runs.read_run(run_dir).problem.startswith("damaged")  # by that a file is missing
     files[number].mkdir()
     problem = runs.read_run(run_dir).problem
     assert problem.startswith("cannot be read: ")
     assert str(files[number]) in problem
+
+
+def test_files_of_an_older_run_in_another_order_are_said():
+    """As after a clock that went back, by which TensorBoard names them."""
+    run_dir, first, _ = older_run("run")
+    first.rename(run_dir / "events.out.tfevents.5")
+    assert runs.read_run(run_dir).problem.startswith("damaged")
 
 
 ROWS = "step,tag,value\n" + "".join(f"{step},{tag},{step}.5\n" for step in range(10) for tag in "abc")
@@ -153,7 +161,8 @@ def test_every_number_that_a_script_writes_is_sound(value):
 def test_an_args_json_that_is_no_run_s_stops_no_figure_of_the_others(capsys):
     good = short_run(sac_discrete, 1, "good")
     args = json.loads((good / "args.json").read_text())
-    wrong = [[], 3, None, [args], args | {"total_timesteps": 0}]
+    wrong = [[], 3, None, [args], args | {"total_timesteps": 0}, args | {"seed": 10**400}, args | {"tau": -(10**400)}]
+    wrong += [args | {"exp_name": r"$\bad$"}, args | {"algorithm": ""}, args | {"env_id": r"$\bad$"}]
     for name, value in (
         ("total_timesteps", "abc"), ("env_id", 3), ("seed", "1"), ("algorithm", None), ("learning_starts", []),
     ):  # fmt: skip
@@ -162,11 +171,19 @@ def test_an_args_json_that_is_no_run_s_stops_no_figure_of_the_others(capsys):
     for number, content in enumerate(wrong):
         folders.append(shutil.copytree(good, Path("runs", f"bad{number}")))
         (folders[-1] / "args.json").write_text(json.dumps(content))
+    folders.append(shutil.copytree(good, Path("runs", "surrogate")))
+    (folders[-1] / "args.json").write_text(json.dumps(args | {"wandb_entity": "\ud800"}))
+    for name, tau in (("whole", 1), ("odd", True)):
+        folders.append(shutil.copytree(good, Path("runs", name)))
+        (folders[-1] / "args.json").write_text(json.dumps(args | {"seed": 2, "tau": tau}))
     summary, _ = runs.tables(runs.read_folders(folders, Path("cache")), False)
-    assert len(summary) == 1
+    assert sorted(summary["seed"]) == [1, 2]  # tau 1 is tau 1.0
+    figures.main(figures.Args(runs=folders, out=Path("out")))
     said = capsys.readouterr().out
     for number in range(len(wrong)):
         assert f"left out: bad{number}: cannot be read: args.json is not that of a run" in said
+    assert "left out: surrogate: cannot be read: args.json is damaged" in said
+    assert "left out: odd: tau True, not 1.0" in said
 
 
 def test_another_header_is_said():

@@ -181,9 +181,9 @@ BAD_FLAGS = [
     (["--run-name", ".."], ["--run-name ..", "folder name"]),
 ]  # fmt: skip
 BAD_KLAC = [
-    (["--p-end", "1.0"], ["--p-end 1.0", "1)"]),
+    (["--p-end", "1.0"], ["--p-end 1.0: must be in ("]),
     (["--p-end", "nan"], ["--p-end nan"]),
-    (["--p-start", "0.0"], ["--p-start 0.0", "1)"]),
+    (["--p-start", "0.0"], ["--p-start 0.0: must be in ("]),
     (["--beta", "inf"], ["--beta inf", "finite"]),
     (["--anneal-timesteps", "0"], ["--anneal-timesteps 0", "positive"]),
     (["--reference", "missing.pt"], ["--reference missing.pt", "actor"]),
@@ -191,8 +191,8 @@ BAD_KLAC = [
 BAD_DISCRETE = [
     (["--env-id", "Sequest-v1"], ["--env-id Sequest-v1", "Seaquest-v1"]),
     (["--env-id", "MinAtar/Pong-v1"], ["--env-id MinAtar/Pong-v1", "Nearest"]),
-    (["--env-id", "MinAtar/Sequest-v1"], ["--env-id MinAtar/Sequest-v1", "Nearest ids: Seaquest-v1"]),
-    (["--env-id", "MinAtar/Car-v1"], ["--env-id MinAtar/Car-v1", "Nearest ids: Freeway-v1"]),
+    (["--env-id", "MinAtar/Sequest-v1"], ["--env-id MinAtar/Sequest-v1", "Nearest ids: MinAtar/Seaquest-v1"]),
+    (["--env-id", "MinAtar/Car-v1"], ["--env-id MinAtar/Car-v1", "Nearest ids: MinAtar/Freeway-v1"]),
     (["--env-id", "CartPole-v9"], ["--env-id CartPole-v9", "CartPole-v1"]),
     (["--env-id", "Pendulum-v1"], ["--env-id Pendulum-v1", "ac_continuous.py"]),
     (["--env-id", "Hopper-v4"], ["--env-id Hopper-v4"]),
