@@ -389,13 +389,14 @@ def draw(out: Path, gamma: float) -> None:
         at = np.logspace(-6, 1, 20_001)
         at = at[abs(threshold(algorithm, 0.5, at, gamma=gamma) - np.log(n)).argmin()]
         right.plot(at, 0.5, "o", color=colour, label=f"{algorithm}, closed form")
-    for label, log_n in {r"$(1-\gamma)R/\alpha\gamma$": (1 - gamma) / gamma, r"$R/\alpha$": 1.0}.items():
-        left.axvline(np.exp(log_n / alpha), color="0.6", linewidth=0.8, linestyle=":")
-        left.text(1.3 * np.exp(log_n / alpha), 1.05, f"log N = {label}", fontsize=6, color="0.4")
-        right.axvline(log_n / np.log(n), color="0.6", linewidth=0.8, linestyle=":")
-    left.set(xlabel=f"N, actions that stay (alpha = {alpha:g} R)", ylabel="true return / R", ylim=(-0.03, 1.12))
-    right.set(xlabel=f"alpha / R (N = {n:.0e})")
-    right.legend(fontsize=6, frameon=False, loc="lower left", bbox_to_anchor=(0, 0.1))
+    bounds = {r"$(1-\gamma)R/\alpha\gamma$": ((1 - gamma) / gamma, ":"), r"$R/\alpha$": (1.0, "-.")}
+    for label, (log_n, line) in bounds.items():
+        left.axvline(np.exp(log_n / alpha), color="0.6", linewidth=0.8, linestyle=line)
+        right.axvline(log_n / np.log(n), color="0.6", linewidth=0.8, linestyle=line, label=f"log N = {label}")
+    left.set(xlabel=f"N, actions that stay (alpha = {alpha:g} R)", ylabel="true return / R")
+    right.set(xlabel=f"alpha / R (N = {n:g})")
+    legend = {"loc": "outside lower center", "frameon": False}
+    figure.legend(*right.get_legend_handles_labels(), **legend, ncols=3)
     finish(figure, "stay_or_exit", "algorithm,N,alpha,return,residual", rows)
 
     figure, axis = plt.subplots(figsize=(3.4, 2.8), layout="constrained")
@@ -413,7 +414,7 @@ def draw(out: Path, gamma: float) -> None:
     ends = np.array([min(row[4] for row in rows), max(row[4] for row in rows)])
     axis.plot(ends, ends, color="0.4", linewidth=0.8, label="the bound")
     axis.set(xlabel="alpha log|A| / (1 - gamma)", ylabel="J* - J (below 1e-6: at 1e-6)")
-    axis.legend(fontsize=7, frameon=False)
+    figure.legend(**legend, ncols=3)
     finish(figure, "bound", "algorithm,seed,alpha,gap,bound,residual", rows)
 
     figure, axis = plt.subplots(figsize=(3.4, 2.6), layout="constrained")
@@ -424,7 +425,7 @@ def draw(out: Path, gamma: float) -> None:
         rows += [(algorithm, float(a), float(s.value[0]), s.residual) for a, s in zip(alphas, solutions, strict=True)]
     axis.invert_xaxis()
     axis.set(xlabel="alpha / R, annealed from left to right (N = 1e12)", ylabel="true return / R")
-    axis.legend(fontsize=7, frameon=False)
+    figure.legend(**legend, ncols=2)
     finish(figure, "annealed", "algorithm,alpha,return,residual", rows)
 
 

@@ -21,22 +21,13 @@ import pandas as pd
 import tyro
 
 from .console import run
-from .figures import MINATAR, STYLES, save, seeds_of, styles_of, symlog, unit_of
+from .figures import NAMES, STYLES, save, scale, seeds_of, styles_of, unit_of
 from .runs import QUANTITIES, label, markdown, read_args, read_scalars, settings_of
 
-NAMES = {
-    "return": "episodic return",
-    "length": "episode length (steps)",
-    "q": "mean Q of a batch",
-    "q_minus_return": "Q minus return",
-    "alpha": "temperature alpha",
-    "entropy": "entropy (nats)",
-    "exploit_probability": "exploit probability",
-    "kl": "KL to the reference (nats)\nand its budget (black)",
-}
 # What only some runs have: a target at a fixed temperature, or another critic, there is none
 OPTIONAL = {"kl": "policy/kl", "target_kl": "policy/target_kl", "similarity": "adaent/similarity"}
 OPTIONAL |= {"twin_similarity": "adaent/twin_similarity", "plain_share": "adaent/plain_share"}
+RANDOM, BUDGET = "0.5", "#F0E442"  # colours that no algorithm has
 
 
 @dataclass
@@ -47,9 +38,7 @@ class Args:
     """folder of tables and figure"""
     bin: int = 10_000
     """steps whose episodes are averaged into one point"""
-    show: tuple[
-        Literal["return", "length", "q", "q_minus_return", "alpha", "entropy", "exploit_probability", "kl"], ...
-    ] = ("return",)
+    show: tuple[Literal[*NAMES], ...] = ("return",)
     """quantities to draw, a row each"""
     steps: int | None = None
     """read only so many steps of each run, to compare longer runs with shorter ones"""
@@ -130,7 +119,7 @@ def swept(algorithms: list[str]) -> dict:
 
 
 def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], folder: Path) -> None:
-    """A column a task, a row a quantity: each seed a thin line, their mean a thick one, the random policy grey."""
+    """A column a task, a row a quantity: each seed a thin line, their mean a thick one."""
     tasks = list(dict.fromkeys(curves["task"]))
     size = (4.2 * len(tasks), 2.6 * len(show) + 0.4)
     figure, axes = plt.subplots(len(show), len(tasks), figsize=size, squeeze=False, sharex="col", layout="constrained")
@@ -149,16 +138,13 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
                 axis.plot(seeds.index / unit, seeds, **style, linewidth=0.6, alpha=0.5)
             if quantity == "kl" and "target_kl" in curves:
                 budget = curves[chosen].groupby("step")["target_kl"].mean()
-                axis.plot(budget.index / unit, budget, color="black", linewidth=0.8)
+                (wide,) = axis.plot(budget.index / unit, budget, color=BUDGET, linewidth=4, zorder=0)
+                lines["budget of the KL"] = wide
         if quantity == "return":
             random = summary[summary["task"] == task]["random"].mean()
-            lines["random policy"] = axis.axhline(random, color="0.5", linewidth=1)
-        if quantity == "alpha":
-            axis.set_yscale("log")
-        axis.set_ylabel(NAMES[quantity])
-        if quantity in ("q", "q_minus_return") and task in MINATAR:
-            symlog(axis)
-            axis.set_ylabel(f"{NAMES[quantity]} (symlog)")
+            lines["random policy"] = axis.axhline(random, color=RANDOM, linewidth=1)
+        axis.set_ylabel(scale(axis, task, quantity))
+        axis.set_xlim(0, None)
         axis.spines[["top", "right"]].set_visible(False)
         if row == 0:
             axis.set_title(task)
@@ -166,14 +152,18 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
             axis.set_xlabel(f"environment steps ({unit_name})")
     rows = {name: curves[curves["algorithm"] == name] for name in styles}
     labels = {name: f"{name} ({seeds_of(rows[name])})" if name in rows else name for name in lines}
-    order = [*styles, *(lines.keys() - styles)]
+    order = [*styles, *(name for name in lines if name not in styles)]
+    title = f"a point: the mean over {curves['step'].min():,} steps"
+    if any("n=1" not in seeds_of(table) for table in rows.values()):
+        title += "\n" if len(tasks) == 1 else "; "
+        title += "thin: a seed; thick: the mean of the seeds"
     figure.legend(
         [lines[name] for name in order],
         [labels[name] for name in order],
         loc="outside lower center",
         ncols=2 * len(tasks),
         frameon=False,
-        title="thin: a seed; thick: their mean",
+        title=title,
     )
     save(figure, folder / "curves", dpi=160)
 

@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 import tyro
-from matplotlib.ticker import NullLocator, SymmetricalLogLocator
+from matplotlib.ticker import LogLocator, NullLocator, SymmetricalLogLocator
 
 from .console import run
 from .runs import add_kept, markdown, read_folders, read_wandb, tables
@@ -46,7 +46,17 @@ STYLES = {
     "KLAC-ab": ("#E69F00", (0, (5, 1))),
     "SAC-AdaEnt": ("#56B4E9", (0, (1, 1))),
 }
-OTHERS = [("#000000", "-"), ("#8C564B", "--"), ("#7F7F7F", "-."), ("#6A3D9A", ":")]
+OTHERS = [("#000000", "-"), ("#8C564B", "--"), ("#808000", "-."), ("#6A3D9A", ":")]
+NAMES = {
+    "return": "episodic return",
+    "length": "episode length (steps)",
+    "q": "mean Q of a batch",
+    "q_minus_return": "Q minus return",
+    "alpha": "temperature alpha",
+    "entropy": "entropy (nats)",
+    "exploit_probability": "exploit probability",
+    "kl": "KL to the reference (nats)",
+}
 SMOOTHING = 9  # points of a curve (of 200) that are averaged into one
 
 
@@ -80,13 +90,23 @@ def unit_of(steps: float) -> tuple[float, str]:
     return (1e6, "millions") if steps >= 1e6 else (1e3, "thousands")
 
 
-def symlog(axis) -> None:
-    """A logarithmic scale on both sides of 0, linear between -1 and 1: SAC's values may be a thousand times KLAC's."""
-    axis.set_yscale("symlog", linthresh=1)
-    high = axis.get_ylim()[1]
-    axis.yaxis.set_major_locator(SymmetricalLogLocator(linthresh=1, base=10, subs=(1, 3) if high < 200 else (1,)))
+def scale(axis, task: str, quantity: str) -> str:
+    """Gives the axis the scale that what is drawn on it needs, and returns the quantity's name, with the scale's. Q is
+    on a logarithmic scale on both sides of 0, linear between -1 and 1, where SAC's is many times KLAC's."""
+    high = np.abs(axis.dataLim.intervaly).max()
+    if quantity == "alpha":
+        name, locator = "log", LogLocator(subs=(1, 3))
+        axis.set_yscale("log")
+    elif quantity in ("q", "q_minus_return") and task in MINATAR and high > 10:
+        name, locator = "symlog", SymmetricalLogLocator(linthresh=1, base=10, subs=(1, 3) if high < 200 else (1,))
+        axis.set_yscale("symlog", linthresh=1)
+    else:
+        return NAMES[quantity]
+    axis.autoscale_view(scalex=False)
+    axis.yaxis.set_major_locator(locator)
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_locator(NullLocator())
+    return f"{NAMES[quantity]} ({name})"
 
 
 def save(figure, stem: Path, dpi: int) -> None:
@@ -122,8 +142,6 @@ def curve(curves: pd.DataFrame, task: str, algorithm: str, quantity: str) -> pd.
 
 def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: str = "interval"):
     """A panel a (task, quantity); a line an algorithm, with its interval or its standard deviation."""
-    names = {"return": "episodic return", "q": "mean Q of a batch", "entropy": "entropy (nats)"}
-    names["q_minus_return"] = "Q minus return"
     unit, unit_name = unit_of(curves["step"].max())
     size = (max(2.2 * len(grid[0]), 3.4), 1.9 * len(grid) + 0.7)
     figure, axes = plt.subplots(len(grid), len(grid[0]), figsize=size, squeeze=False, layout="constrained")
@@ -146,12 +164,11 @@ def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: s
                 if band == "sd":
                     ends = (table["mean"] - table["sd"], table["mean"] + table["sd"])
                 axis.fill_between(x, *ends, color=colour, alpha=0.2, linewidth=0)
-            wide = quantity in ("q", "q_minus_return") and task in MINATAR
-            label = f"{names[quantity]} (symlog)" if wide else names[quantity]
-            axis.set(title=task, ylabel=label if column == 0 or panels[column - 1][1] != quantity else None)
-            axis.set(xlabel=f"environment steps ({unit_name})", xlim=(0, None))
-            if wide:
-                symlog(axis)
+            label = scale(axis, task, quantity)
+            axis.set(title=task, xlabel=f"environment steps ({unit_name})", xlim=(0, None))
+            if column == 0 or label != axes[row, column - 1].get_label():
+                axis.set_ylabel(label)
+            axis.set_label(label)
     if not numbers:
         plt.close(figure)
         raise ValueError(f"runs too short for {SMOOTHING} points in a row")
@@ -189,13 +206,14 @@ def figure_1(summary, curves):
             runs = sorted(len(sample) for sample in samples)
             numbers.append({"algorithm": name, "statistic": statistic, "value": value, "low": low, "high": high})
             numbers[-1] |= {"tasks": len(samples), "fewest_runs": runs[0], "most_runs": runs[-1]}
-        axis.set(title=statistic, xlabel="score normalised by SAC")
+        axis.set_title(statistic)
         axis.axvline(1, color="0.7", linewidth=0.8, zorder=0)
     shown = summary[summary["task"].isin(MUJOCO) & ~summary["task"].isin(left_out)]
     counts = {name: f"{len(scores[name])} of 8 tasks, {seeds_of(shown[shown['algorithm'] == name])}" for name in names}
     labels = [f"{name} ({counts[name]})" for name in names]
     axes[0].set_yticks(range(len(names)), labels)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.supxlabel("(score - random) / (SAC's score - random); bar: 95% interval over seeds", fontsize=8)
     return figure, pd.DataFrame(numbers)
 
 
@@ -228,7 +246,8 @@ def figure_4(summary, curves):
         numbers[-1]["algorithm"] = name
     axis.set(xlabel=r"$\tau$: (score - random) / (SAC's mean score - random)")
     axis.set(ylabel=r"share of runs with a score above $\tau$")
-    figure.legend(loc="outside upper center", ncols=2, fontsize=6.5, frameon=False)
+    title = "bands: 95% interval over seeds"
+    figure.legend(loc="outside upper center", ncols=2, fontsize=6.5, frameon=False, title=title, title_fontsize=6.5)
     return figure, pd.concat(numbers)
 
 

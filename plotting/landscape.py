@@ -24,9 +24,11 @@ import torch
 import tyro
 
 from .console import run
+from .figures import save
 
 POINTS = 401
-CURVES = {"critics": ("Q", "#D55E00", "--"), "plain_critics": ("plain Q", "#0072B2", "-")}  # a pair of the stack each
+# A pair of the stack each, in colours that no variant of the paper has
+CURVES = {"critics": ("Q", "#000000", "--"), "plain_critics": ("plain Q", "#8C564B", "-")}
 
 
 @dataclass
@@ -78,6 +80,32 @@ def slices(saved: dict, env: gym.Env, obs: np.ndarray, dimensions: int) -> pd.Da
     return pd.concat(tables)
 
 
+def draw(table: pd.DataFrame, title: str, out: Path) -> None:
+    """A panel a dimension of what `slices` returns."""
+    plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42})
+    panels = table["dimension"].nunique()
+    columns = min(panels, 3)
+    rows = -(-panels // columns)
+    size = (max(2.4 * columns + 0.6, 3.6), 1.9 * rows + 0.6)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[panels:]:
+        axis.axis("off")
+    for (dimension, part), axis in zip(table.groupby("dimension"), axes.flat, strict=False):
+        values = pd.concat([part[name] - part[name].max() for name in CURVES if name in part], axis=1)
+        for name in values:
+            label, colour, line = CURVES[name]
+            axis.plot(part["action"], values[name], color=colour, linestyle=line, label=label)
+        lowest = min(values.min().min(), -1e-9)
+        top = lowest * (1 - part["density"] / part["density"].max())
+        label = "policy's density (not to scale)"
+        axis.fill_between(part["action"], lowest, top, color="0.8", linewidth=0, label=label, zorder=0)
+        axis.set(xlabel=f"action, dimension {dimension + 1}")
+    figure.supylabel("Q minus its maximum", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(title, fontsize=8)
+    save(figure, out / "landscape", dpi=200)
+
+
 def main(args: Args) -> None:
     path = args.run / "actor.pt"
     if not path.exists():
@@ -112,32 +140,7 @@ def main(args: Args) -> None:
     table = slices(saved, env, np.asarray(obs, float), args.dimensions)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42})
-    panels = table["dimension"].nunique()
-    columns = min(panels, 3)
-    rows = -(-panels // columns)
-    size = (max(2.4 * columns + 0.6, 3.6), 1.9 * rows + 0.6)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[panels:]:
-        axis.axis("off")
-    for (dimension, part), axis in zip(table.groupby("dimension"), axes.flat, strict=False):
-        values = pd.concat([part[name] - part[name].max() for name in CURVES if name in part], axis=1)
-        for name in values:
-            label, colour, line = CURVES[name]
-            axis.plot(part["action"], values[name], color=colour, linestyle=line, label=label)
-        lowest = min(values.min().min(), -1e-9)
-        density = part["density"] / part["density"].max()
-        axis.fill_between(
-            part["action"], lowest, lowest * (1 - density), color="0.8", linewidth=0, label="policy's density", zorder=0
-        )
-        axis.set(xlabel=f"action, dimension {dimension + 1}")
-    figure.supylabel("Q minus its maximum", fontsize=8)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"{env_id}, step {args.steps} of episode {args.seed}", fontsize=8)
-    for suffix in ("pdf", "png"):
-        metadata = {"CreationDate": None} if suffix == "pdf" else None
-        figure.savefig(args.out / f"landscape.{suffix}", dpi=200, metadata=metadata)
-    plt.close(figure)
+    draw(table, f"{env_id}, step {args.steps} of the episode of seed {args.seed}", args.out)
     table.to_csv(args.out / "landscape.csv", index=False, float_format="%.6g")
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +12,9 @@ import pytest
 import klac_discrete
 import sac_adaent_continuous
 import sac_continuous
-from plotting import curves
+from plotting import curves, figures
+
+ROOT = Path(__file__).parent.parent
 
 
 def finished_run(seed, **flags):
@@ -173,3 +176,52 @@ def test_no_bin_ends_beyond_the_run():
     total = json.loads((finished_run(1) / "args.json").read_text())["total_timesteps"]
     assert total % 250 != 0
     assert table["step"].iloc[-1] == total
+
+
+def pictures(monkeypatch, folder, show):
+    """The figure that is drawn from a folder of committed tables."""
+    drawn = []
+    monkeypatch.setattr(curves, "save", lambda figure, stem, dpi: drawn.append(figure))
+    tables = (pd.read_csv(ROOT / "results" / folder / f"{name}.csv") for name in ("curves", "summary"))
+    curves.draw(*tables, show, Path())
+    drawn[0].canvas.draw()
+    return drawn[0]
+
+
+def test_a_figure_says_what_a_point_is_and_names_the_scales(monkeypatch):
+    figure = pictures(monkeypatch, "sac_vs_klac", ("return", "q", "alpha"))
+    (legend,) = figure.legends
+    assert legend.get_title().get_text() == (
+        "a point: the mean over 10,000 steps; thin: a seed; thick: the mean of the seeds"
+    )
+    labels = [axis.get_ylabel() for axis in figure.axes]
+    assert labels == [
+        *2 * ["episodic return"], "mean Q of a batch (symlog)", "mean Q of a batch", *2 * ["temperature alpha (log)"]
+    ]  # fmt: skip
+    assert [axis.get_yscale() for axis in figure.axes] == ["linear", "linear", "symlog", "linear", "log", "log"]
+    for axis in figure.axes:
+        low, high = axis.get_ylim()
+        assert sum(low <= tick <= high for tick in axis.get_yticks()) >= 3
+        assert axis.get_xlim()[0] == 0
+        assert axis.get_legend() is None
+    single = pictures(monkeypatch, "checks/breakout_v0", ("return",)).legends[0]
+    assert single.get_title().get_text() == "a point: the mean over 5,000 steps"  # one seed has no thin line
+
+
+@pytest.mark.parametrize("folder", ["reference/minatar", "reference/halfcheetah", "beta", "beta_sweep"])
+def test_a_colour_means_one_thing(monkeypatch, folder):
+    figure = pictures(monkeypatch, folder, ("return", "kl") if "reference" in folder else ("return",))
+    (legend,) = figure.legends
+    names = {text.get_text(): matplotlib.colors.to_hex(line.get_color()) for line, text in
+             zip(legend.legend_handles, legend.get_texts(), strict=True)}  # fmt: skip
+    assert len(set(names.values())) == len(names)
+    colours = {matplotlib.colors.to_hex(line.get_color()) for axis in figure.axes for line in axis.get_lines()}
+    assert colours == set(names.values())  # and nothing is drawn that the legend does not name
+
+
+def test_algorithms_that_are_no_variants_have_colours_of_their_own():
+    colours = [colour for colour, _ in (*figures.STYLES.values(), *figures.OTHERS)]
+    colours += [matplotlib.colors.to_hex(colour) for colour in (curves.RANDOM, curves.BUDGET)]
+    shades = np.array([matplotlib.colors.to_rgb(colour) for colour in colours])
+    distances = np.abs(shades[:, None] - shades).sum(2) + 9 * np.eye(len(colours))
+    assert distances.min() > 0.2

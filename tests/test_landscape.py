@@ -12,6 +12,7 @@ import torch
 import sac_adaent_continuous as adaent
 import sac_continuous
 import sac_discrete
+from plotting import figures, landscape
 from tests.test_family import ROOT
 
 FLAGS = {"total_timesteps": 150, "learning_starts": 100, "eval_episodes": 1, "batch_size": 16, "buffer_size": 200}
@@ -86,3 +87,8 @@ def test_what_cannot_be_drawn_is_refused_in_one_line():
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
         assert word in result.stderr
         assert not Path("figures").exists()
+
+
+def test_a_critic_has_no_variants_colour():
+    variants = {colour for colour, _ in figures.STYLES.values()}
+    assert variants.isdisjoint(colour for _, colour, _ in landscape.CURVES.values())

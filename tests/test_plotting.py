@@ -628,3 +628,26 @@ def test_the_committed_figures_follow_from_the_committed_tables():
     summary = pd.read_csv(source / "summary.csv")
     assert set(summary["task"]) == {*figures.MUJOCO, *figures.MINATAR}
     assert len((source / "commands.txt").read_text().splitlines()) == len(summary)
+
+
+def test_the_committed_figures_name_their_bands_and_scales_and_have_their_legends_outside_the_axes():
+    tables = [pd.read_csv(ROOT / "results/figures" / name) for name in ("summary.csv", "curves.csv")]
+    for number, draw in figures.FIGURES.items():
+        figure, _ = draw(*tables)
+        figure.canvas.draw()
+        panels = [axis for axis in figure.axes if axis.axison]
+        legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if not axis.axison)]
+        assert not any(axis.get_legend() for axis in panels)
+        said = [figure.get_supxlabel(), *(legend.get_title().get_text() for legend in legends if legend)]
+        assert ("standard deviation" if number == 5 else "95% interval") in " ".join(said).replace("\n", " ")
+        for axis in panels:
+            if axis.get_yscale() == "symlog":
+                assert axis.get_ylabel().endswith("(symlog)")
+            assert axis.has_data()
+        figures.plt.close(figure)
+
+
+def test_a_pdf_lies_beside_every_png():
+    pictures = list((ROOT / "results").rglob("*.png"))
+    assert len(pictures) > 20
+    assert all(path.with_suffix(".pdf").is_file() for path in pictures)
