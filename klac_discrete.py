@@ -2,7 +2,7 @@
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch==2.13.0", "gymnasium[classic-control,mujoco]>=1.3,<1.5", "minatar>=1.0.15,<1.1", "moviepy>=2.1,<3",
-#     "mujoco>=3.3,<3.11", "numpy>=2.0,<3", "tensorboard>=2.18,<3", "tqdm>=4.66,<5", "tyro>=0.9,<2",
+#     "mujoco>=3.3,<3.11", "numpy>=2.0,<3", "tensorboard>=2.18,<3", "tqdm>=4.66,<5", "tyro>=1.0,<2",
 #     "wandb>=0.31,<0.32",
 # ]
 # ///
@@ -420,8 +420,9 @@ import traceback
 import zipfile
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, field, fields, make_dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
+from typing import Annotated
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -1080,7 +1081,37 @@ def evaluate_run(args: Args) -> None:
         (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
+GROUPS = {  # of --help; a flag that is in none of them is the algorithm's
+    "environment": {"env_id", "env_kwargs", "capture_video"},
+    "experiment": {"total_timesteps", "seed", "exp_name", "run_name", "resume", "checkpoint_interval"},
+    "computation": {"compile", "cuda"},
+    "evaluation": {"evaluate", "eval_episodes", "eval_interval"},
+    "algorithm": set(),
+    "logging": {"log_interval", "track", "wandb_project_name", "wandb_entity"},
+}
+
+
+def show_help() -> None:
+    """Prints --help and exits. tyro draws a box for each nested class: each group is a copy of Args without the others'
+    flags."""
+    group_of, boxes = {flag: group for group, flags in GROUPS.items() for flag in flags}, []
+    for group in GROUPS:
+        changed = []
+        for flag in fields(Args):
+            kind = Args.__annotations__[flag.name]
+            if group_of.get(flag.name, "algorithm") != group:
+                changed.append((flag.name, Annotated[kind, tyro.conf.Suppress], flag))
+            elif flag.default in (None, ()):  # its description says what that means
+                changed.append((flag.name, Annotated[kind, tyro.conf.arg(help_behavior_hint="")], flag))
+        box = make_dataclass(group, changed, bases=(Args,))
+        boxes.append((group, box, field(default_factory=box)))
+    description = __doc__.partition("\n")[0]
+    tyro.cli(make_dataclass("Help", boxes), description=description, config=(tyro.conf.OmitArgPrefixes,))
+
+
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv):
+        show_help()
     args = tyro.cli(Args, description=__doc__.partition("\n")[0])
     try:
         if args.evaluate is None:

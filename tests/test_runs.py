@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pty
+import re
 import shutil
 import struct
 import subprocess
@@ -468,7 +469,15 @@ def test_help_explains_every_flag(run_script, name):
     code, out, _ = run_script(name, "--help")
     assert code == 0
     for flag in importlib.import_module(name).Args.__dataclass_fields__:
-        assert f"--{flag.replace('_', '-')}" in out
+        assert len(re.findall(rf"(?m)^\W*--{flag.replace('_', '-')}[ ,]", out)) == 1, flag
+    _, *found = re.split(r"(?m)^\W*(\w+) options\b", out)
+    boxes = dict(zip(found[::2], found[1::2], strict=True))
+    assert list(boxes) == ["environment", "experiment", "computation", "evaluation", "algorithm", "logging"]
+    assert re.match(r"\W*--env-id ", boxes["environment"])
+    assert "--gamma" in boxes["algorithm"]
+    assert "--track" in boxes["logging"]
+    assert "(default: None)" not in out
+    assert "(default: )" not in out
     source = (ROOT / f"{name}.py").read_text()
     args_class = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args")
     kinds = [type(statement) for statement in args_class.body]
