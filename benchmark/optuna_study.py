@@ -36,7 +36,7 @@ def main(args: Args, flags: list[str]) -> None:
         code = subprocess.run([sys.executable, *command], check=False).returncode
         if code == 0:
             scalars = pd.read_csv(f"runs/{name}/scalars.csv", index_col="tag")["value"]
-            outcome = scalars["eval/episodic_return"]
+            outcome = scalars[["eval/episodic_return"]].iloc[-1]
             study.tell(trial, outcome)
         elif code == 1:
             outcome = "failed"

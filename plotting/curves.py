@@ -19,14 +19,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
+from matplotlib.lines import Line2D
 
 from .console import run
 from .figures import NAMES, STYLES, save, scale, seeds_of, styles_of, unit_of
 from .runs import QUANTITIES, label, markdown, read_args, read_scalars, settings_of
 
-# What only some runs have: a target at a fixed temperature, or another critic, there is none
+# What only some runs have: a target at a fixed temperature, another critic, evaluations while they train
 OPTIONAL = {"kl": "policy/kl", "target_kl": "policy/target_kl", "similarity": "adaent/similarity"}
 OPTIONAL |= {"twin_similarity": "adaent/twin_similarity", "plain_share": "adaent/plain_share"}
+EVALUATIONS = {"evaluation": "eval/episodic_return", "stochastic": "eval/stochastic_return"}
+OPTIONAL |= EVALUATIONS
 RANDOM, BUDGET = "0.5", "#F0E442"  # colours that no algorithm has
 
 
@@ -60,11 +63,13 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
     total, warm_up = min(args["total_timesteps"], max_steps or math.inf), args["learning_starts"]
     labels = {"task": args["env_id"].removeprefix("MinAtar/"), "algorithm": label(args), "seed": args["seed"]}
     settings = settings_of(args)
-    series = {
-        name: pd.Series(scalars[tag][1], scalars[tag][0], dtype=float)[lambda s: s.index < total]
-        for name, tag in (QUANTITIES | OPTIONAL).items()
-        if tag in scalars
-    }
+    series = {}
+    for name, tag in (QUANTITIES | OPTIONAL).items():
+        if tag in scalars and (name not in EVALUATIONS or EVALUATIONS["stochastic"] in scalars):
+            steps, values = scalars[tag]
+            if name in EVALUATIONS:
+                steps = steps - 1  # an evaluation at step N, before it is taken, is of the bin that ends there
+            series[name] = pd.Series(values, steps, dtype=float)[lambda s: s.index < total]
     if missing := [name for name in QUANTITIES if name not in series or series[name].empty]:
         raise ValueError(f"{run_dir}: too short, or cut too short: it has no {', '.join(missing)}")
     curves = pd.DataFrame({name: values.groupby(values.index // bin_steps).mean() for name, values in series.items()})
@@ -140,6 +145,10 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
                 budget = curves[chosen].groupby("step")["target_kl"].mean()
                 (wide,) = axis.plot(budget.index / unit, budget, color=BUDGET, linewidth=4, zorder=0)
                 lines["budget of the KL"] = wide
+            if quantity == "evaluation":
+                stochastic = curves[chosen].groupby("step")["stochastic"].mean()
+                axis.plot(stochastic.index / unit, stochastic, color=colour, linestyle=":")
+                lines["the same, stochastic policy"] = Line2D([], [], color=RANDOM, linestyle=":")
         if quantity == "return":
             random = summary[summary["task"] == task]["random"].mean()
             lines["random policy"] = axis.axhline(random, color=RANDOM, linewidth=1)

@@ -56,6 +56,7 @@ NAMES = {
     "entropy": "entropy (nats)",
     "exploit_probability": "exploit probability",
     "kl": "KL to the reference (nats)",
+    "evaluation": "return of an evaluation",
 }
 SMOOTHING = 9  # points of a curve (of 200) that are averaged into one
 

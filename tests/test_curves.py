@@ -54,6 +54,19 @@ def test_tables_and_figure_follow_from_the_runs(scalars):
     assert Path("out/curves.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_evaluations_are_points_of_the_bins_that_end_there(scalars):
+    runs = [finished_run(seed, eval_interval=150) for seed in (1, 2)]
+    curves.main(curves.Args(runs=[*runs, finished_run(3)], out=Path("out"), bin=150, show=("evaluation",)))
+    table = pd.read_csv("out/curves.csv")
+    for seed, run_dir in zip((1, 2), runs, strict=True):
+        rows = table[table["seed"] == seed]
+        for name, tag in (("evaluation", "eval/episodic_return"), ("stochastic", "eval/stochastic_return")):
+            logged = scalars(run_dir)[tag]
+            assert [step for step, _ in logged] == list(rows["step"]) == [150, 300, 450, 600]
+            np.testing.assert_allclose(rows[name], [value for _, value in logged], rtol=1e-4)
+    assert table[table["seed"] == 3]["evaluation"].isna().all()  # one at the end is no curve
+
+
 def test_runs_with_a_reference_stand_beside_those_without(scalars):
     plain = [finished_run(seed) for seed in (1, 2)]
     referred = [finished_run(seed, reference=str(plain[seed - 1])) for seed in (1, 2)]
