@@ -560,6 +560,7 @@ class Checked(gym.Wrapper):
             require(inside, f"{self.observes} {obs.min()} to {obs.max()}, its space is {self.space}")
 
     def array(self, value, what: str) -> np.ndarray:
+        """np.asarray. Raises UsageError where NumPy or torch cannot."""
         try:
             return np.asarray(value)
         except Exception as error:  # it is ragged, or torch's and on a GPU
@@ -818,15 +819,16 @@ class Run:
         self.tracked_clips = set(self.folder.glob("videos/*/*.mp4"))
 
     def send(self, step: int, scalars: dict) -> None:
-        """Sends scalars to W&B, with the clips that were recorded since the last ones."""
+        """Sends scalars to W&B that it does not have yet, with the clips that were recorded since."""
         import wandb
 
+        if step <= self.tracked_step:
+            return
         media = {}
         for clip in sorted(set(self.folder.glob("videos/*/*.mp4")) - self.tracked_clips):
             media.setdefault(f"videos/{clip.parent.name}", []).append(wandb.Video(str(clip), format="mp4"))
             self.tracked_clips.add(clip)
-        if step > self.tracked_step:
-            self.wandb.log({"global_step": step, **scalars, **media}, step=step)
+        self.wandb.log({"global_step": step, **scalars, **media}, step=step)
 
     def stop(self, number: int, _) -> None:
         """A signal's handler: the run saves itself at the end of the episode. A second signal has its usual effect."""
