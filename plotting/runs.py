@@ -33,6 +33,7 @@ FREE |= {
     "provenance",
 }  # the label says whether there is a reference
 SCRIPTS = ("klac_discrete", "sac_discrete", "klac_continuous", "sac_continuous", "sac_adaent_continuous")
+SCRIPTS += ("sac_v_continuous",)
 KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps"}
 KINDS = {"env_id": str, "algorithm": str, "seed": int, "total_timesteps": int, "learning_starts": int}  # in args.json
 VERSION = 5  # of what is cached
