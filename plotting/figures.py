@@ -37,7 +37,7 @@ from .statistics import AGGREGATES, interval, normalise, performance_profile, pr
 MUJOCO = ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5", "Swimmer-v5"]
 MUJOCO += ["InvertedPendulum-v5", "Reacher-v5"]
 MINATAR = ["Asterix-v1", "Breakout-v1", "Freeway-v1", "Seaquest-v1", "SpaceInvaders-v1"]
-# Okabe and Ito's colours, told apart by the colour-blind; the lines' styles tell them apart in grey
+# Okabe and Ito's colours, and Tol's wine, told apart by the colour-blind; the lines' styles tell them apart in grey
 STYLES = {
     "SAC": ("#D55E00", "--"),
     "KLAC": ("#0072B2", "-"),
@@ -45,6 +45,7 @@ STYLES = {
     "KLAC-b": ("#CC79A7", ":"),
     "KLAC-ab": ("#E69F00", (0, (5, 1))),
     "SAC-AdaEnt": ("#56B4E9", (0, (1, 1))),
+    "SAC-V": ("#882255", (0, (3, 1, 1, 1))),
 }
 OTHERS = [("#000000", "-"), ("#8C564B", "--"), ("#808000", "-."), ("#6A3D9A", ":")]
 NAMES = {

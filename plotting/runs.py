@@ -29,6 +29,7 @@ FREE |= {"env_id", "algorithm", "compile", "resume", "checkpoint_interval", "eva
 FREE |= {"log_interval", "eval_interval", "torch_deterministic", "provenance"}
 FREE |= {"reference"}  # the label says whether there is one
 SCRIPTS = ("klac_discrete", "sac_discrete", "klac_continuous", "sac_continuous", "sac_adaent_continuous")
+SCRIPTS += ("sac_v_continuous",)
 KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps"}
 KINDS = {"env_id": str, "algorithm": str, "seed": int, "total_timesteps": int, "learning_starts": int}  # in args.json
 VERSION = 6  # of what is cached

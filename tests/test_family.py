@@ -20,11 +20,12 @@ import klac_discrete
 import sac_adaent_continuous
 import sac_continuous
 import sac_discrete
+import sac_v_continuous
 
 ROOT = Path(__file__).parent.parent
 PAIRS = [(sac_discrete, klac_discrete, "Walk-v0"), (sac_continuous, klac_continuous, "Drift-v0")]
 IDS = ["discrete", "continuous"]
-SCRIPTS = [module for pair in PAIRS for module in pair[:2]] + [sac_adaent_continuous]
+SCRIPTS = [module for pair in PAIRS for module in pair[:2]] + [sac_adaent_continuous, sac_v_continuous]
 CPU = torch.device("cpu")
 SHORT = {"learning_starts": 100, "target_network_frequency": 20, "log_interval": 1, "eval_episodes": 2}
 SHORT |= {"compile": False}
@@ -57,7 +58,7 @@ def test_what_follows_the_algorithm_is_the_same_word_for_word_in_every_script():
     assert len(tails.pop().splitlines()) > 300
 
 
-@pytest.mark.parametrize("module", SCRIPTS[:4], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [*SCRIPTS[:4], sac_v_continuous], ids=lambda module: module.__name__)
 def test_the_algorithm_is_at_most_400_lines(module):
     lines = len(halves(module)[0].rstrip().splitlines())
     print(f"{module.__name__}.py: {lines} lines")
@@ -175,7 +176,12 @@ def updates(module, batch, actor, critics, reference=None):
         yield module.actor_gradients, (batch, actor, critics, *q, alpha)
         return
     noise, log_vol = torch.randn_like(batch.actions), module.log_volume(env.action_space)
-    yield module.critic_gradients, (batch, critics, noise, actor, targets, 0.9, bonus)
+    of_target = noise, actor, targets, 0.9, bonus
+    if module is sac_v_continuous:
+        value, target_value = (module.Networks(1, *env.observation_space.shape, 1) for _ in range(2))
+        yield module.value_gradients, (batch, value, noise, actor, critics, alpha)
+        of_target = target_value, 0.9, 5.0
+    yield module.critic_gradients, (batch, critics, *of_target)
     chosen = ()
     if module is sac_adaent_continuous:
         samples = torch.randn(16, 8, 1)
@@ -193,6 +199,7 @@ slow = pytest.mark.slow
     pytest.param(klac_continuous, False, marks=slow),
     pytest.param(klac_continuous, True, marks=slow),
     *[pytest.param(module, False, marks=slow) for module in (sac_discrete, sac_continuous, sac_adaent_continuous)],
+    pytest.param(sac_v_continuous, False, marks=slow),
 ])  # fmt: skip
 def test_compiled_updates_are_the_eager_ones(module, with_reference):
     env_id, reference = "Drift-v0" if hasattr(module, "Actor") else "Catch-v0", None

@@ -12,6 +12,7 @@ import torch
 import sac_adaent_continuous as adaent
 import sac_continuous
 import sac_discrete
+import sac_v_continuous
 from plotting import figures, landscape
 from tests.test_family import ROOT
 
@@ -26,7 +27,7 @@ def draw(*flags):
     )
 
 
-@pytest.mark.parametrize("module", [adaent, sac_continuous])
+@pytest.mark.parametrize("module", [adaent, sac_continuous, sac_v_continuous])
 def test_slices_are_the_critics_and_the_policys_density(module):
     run_dir = module.train(module.Args(env_id="Reacher-v5", **FLAGS))
     result = draw(run_dir, "--steps", 3, "--seed", 5, "--out", "figures")

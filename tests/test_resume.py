@@ -90,7 +90,7 @@ def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(scalars, name):
 
     while not codes or codes[-1] != 0:
         state = module.load(path.parent)
-        first_steps.append(state["step"] if state else 0)
+        first_steps.append(state.get("step", args.total_timesteps) if state else 0)
         codes.append(in_a_child(lambda: module.train(args), soon_after_a_checkpoint()))
         assert codes[-1] in (0, -signal.SIGKILL)
     print(f"{name}: resumed from {first_steps}")
