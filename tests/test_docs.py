@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 import tyro
 
@@ -134,3 +136,25 @@ def test_the_readme_s_table_is_the_committed_runs():
                 assert f"{summary[task, name]:.1f}" == cell.strip(), (task, name)
             else:
                 assert not cell.strip()
+
+
+def test_the_table_of_asked_and_realised_is_the_committed_runs():
+    rows = {}
+    for line in (ROOT / "docs/algorithms.md").read_text().splitlines():
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if name.startswith(("asked: p", "realised, ", "entropy minus its target")):
+            rows[name] = [[float(x) for x in cell.split(", ") if x] for cell in cells]
+    for task, d, total in (("Pendulum-v1", 1, 12_000), ("HalfCheetah-v5", 6, 30_000)):
+        curves = pd.read_csv(ROOT / f"results/realised/{task.split('-')[0].lower()}/curves.csv")
+        realised, entropy = [
+            next(cells for name, cells in rows.items() if name.startswith(start) and task in name)
+            for start in ("realised", "entropy")
+        ]
+        for fifth, (asked, shares, gaps) in enumerate(zip(rows["asked: p"], realised, entropy, strict=True), 1):
+            p = 0.5 + 0.3 * np.linspace(fifth / 5, (fifth + 1) / 5, 1000)
+            assert asked == [pytest.approx(p.mean(), abs=0.006)]
+            sigma = 0.25 / scipy.stats.norm.ppf((1 + p ** (1 / d)) / 2)  # within 0.25 of the mean in each dimension
+            target = d * scipy.stats.norm.entropy(0, sigma).mean()
+            here = curves[curves["step"] == (fifth + 1) * total // 5].dropna(subset="entropy")
+            assert shares == pytest.approx(here["exploit_probability"], abs=0.0051)
+            assert gaps == pytest.approx(here["entropy"] - target, abs=0.06)
