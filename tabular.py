@@ -398,7 +398,7 @@ def draw_alphas(path: Path, mdp: MDP, alphas, solutions: dict[str, list[Solution
         axes[0, 0].semilogx(alphas, returns, color=colour, linestyle=line, label=algorithm)
         for action in range(actions):
             axes[0, 1].semilogx(alphas, policies[algorithm][:, action], color=colour, linestyle=line)
-            axes[0, 1].text(max(alphas), policies[algorithm][-1, action], f" {action}", color=colour, fontsize=6)
+            axes[0, 1].text(alphas[0], policies[algorithm][0, action] + 0.02, f"action {action}", fontsize=6)
         rows += [
             (algorithm, float(alpha), value, solution.residual, *map(float, policy))
             for alpha, value, solution, policy in zip(
@@ -408,7 +408,7 @@ def draw_alphas(path: Path, mdp: MDP, alphas, solutions: dict[str, list[Solution
     axes[0, 0].set(xlabel="alpha", ylabel="true return", title=mdp.name)
     axes[0, 0].legend(frameon=False)
     if actions:
-        axes[0, 1].set(xlabel="alpha", ylabel="probability of each action at the start", ylim=(-0.03, 1.03))
+        axes[0, 1].set(xlabel="alpha", ylabel="policy at the start", ylim=(-0.03, 1.1))
     header = ["algorithm", "alpha", "return", "residual", *[f"pi_{action}" for action in range(actions)]]
     finish(figure, path, ",".join(header), rows)
 
