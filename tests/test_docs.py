@@ -118,6 +118,22 @@ def test_what_r_means_is_the_action_boxes_own():
             assert (0.25 / float(h)) ** int(d) == pytest.approx(float(uniform), rel=0.4)
 
 
+def test_the_exercises_tables_are_the_committed_results():
+    page = (ROOT / "docs/exercises.md").read_text()
+    bandit = pd.read_csv(ROOT / "results/exercises/Bandit_alphas.csv").set_index(["algorithm", "alpha"])
+    rows = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    assert len(rows) == 4
+    for alpha, *cells in rows:
+        for algorithm in ("SAC", "KLAC"):
+            exact = bandit.loc[(algorithm, float(alpha)), ["pi_0", "pi_1", "return"]]
+            assert [f"{x:.3f}" for x in exact] == cells
+    taxi = pd.read_csv(ROOT / "results/exercises/Taxi-v3_alphas.csv").set_index(["algorithm", "alpha"])["return"]
+    rows = re.findall(r"^\| ([\d.]+) \| (-?[\d.]+) \| (-?[\d.]+) \|$", page, re.M)
+    assert len(rows) == 7
+    for alpha, *cells in rows:
+        assert [f"{taxi[algorithm, float(alpha)]:.2f}" for algorithm in ("SAC", "KLAC")] == cells
+
+
 def test_the_readme_s_table_is_the_committed_runs():
     summary = pd.read_csv(ROOT / "results/beta/summary.csv").set_index(["task", "algorithm"])["last 10%"]
     names = ["SAC", "KLAC-b", "KLAC, beta 0.01", "KLAC, beta 0.03", "KLAC, beta 0.1"]
