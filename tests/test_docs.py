@@ -10,6 +10,7 @@ from pathlib import Path
 import gymnasium as gym
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 import tyro
 
@@ -132,6 +133,23 @@ def test_the_exercises_tables_are_the_committed_results():
     assert len(rows) == 7
     for alpha, *cells in rows:
         assert [f"{taxi[algorithm, float(alpha)]:.2f}" for algorithm in ("SAC", "KLAC")] == cells
+
+
+LANES = ("tuned",)
+
+
+def test_the_lanes_tables_are_the_committed_runs_with_their_intervals():
+    page, found = (ROOT / "docs/exercises.md").read_text(), 0
+    for setting in LANES:
+        summary = pd.read_csv(ROOT / f"results/lane/{setting}/summary.csv").groupby("algorithm")
+        for algorithm, runs in summary:
+            cells = [", ".join(f"{x:.1f}" for x in runs["last 10%"])]
+            for x in (runs["last 10%"], runs["argmax"]):
+                low, high = scipy.stats.t.interval(0.95, len(x) - 1, x.mean(), scipy.stats.sem(x))
+                cells.append(f"{x.mean():.1f} [{low:.1f}, {high:.1f}]")
+            assert " | ".join([f"| {algorithm}", *cells]) in page
+            found += 1
+    assert found == len(re.findall(r"^\| (?:SAC|KLAC)[\w-]* \| [\d.]+, ", page, re.M))
 
 
 def test_the_readme_s_table_is_the_committed_runs():

@@ -81,7 +81,7 @@ def test_straight_on_leaves_the_lane_when_the_tangent_does():
 
 
 def test_what_is_harmless_at_a_third_of_the_speed_is_an_accident_at_full_speed():
-    """A controller by hand, each action with noise of 0.15."""
+    """A controller by hand, each action with noise of 0.1."""
     share = {}
     for target in (1 / 3, 1.0):
         rng, steps = np.random.default_rng(0), []
@@ -92,13 +92,13 @@ def test_what_is_harmless_at_a_third_of_the_speed_is_an_accident_at_full_speed()
                 offset, heading, v = obs
                 pace = 20 * max(v, 0.1)
                 curvature = 1 / 50 + 6 * offset / pace**2 - 3 * heading / pace
-                action = np.array([np.arctan(2.5 * curvature) / 0.5, 5 * (target - v)]) + rng.normal(0, 0.15, 2)
+                action = np.array([np.arctan(2.5 * curvature) / 0.5, 5 * (target - v)]) + rng.normal(0, 0.1, 2)
                 obs, _, terminated, truncated, _ = env.step(action.astype(np.float32))
                 done = terminated or truncated
             steps.append(env.get_wrapper_attr("_elapsed_steps"))
         share[target] = np.mean(steps) / 200
     assert share[1 / 3] > 0.95
-    assert share[1.0] < 0.3
+    assert share[1.0] < 0.25
 
 
 def test_it_is_an_environment_of_gymnasium_seen_from_above():
