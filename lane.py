@@ -5,8 +5,8 @@ The lane is a ring. The vehicle is a kinematic bicycle, (x, y) its rear axle, ps
     x' = v cos psi    y' = v sin psi    psi' = v tan(steering angle) / WHEELBASE    v' = acceleration
 
 An action is held for DT. Its path is then an arc of radius WHEELBASE / tan(steering angle), so that a step is exact.
-What is random steering at a walking pace is an accident at full speed: in one step an error of the angle moves the
-vehicle sideways by v^2 DT^2 / (2 WHEELBASE) times as much.
+How precise the steering must be grows with the square of the speed: in one step an error of the angle moves the vehicle
+sideways by v^2 DT^2 / (2 WHEELBASE) times that error.
 """
 
 import gymnasium as gym

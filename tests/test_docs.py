@@ -149,6 +149,10 @@ def test_the_lanes_tables_are_the_committed_runs_with_their_intervals():
                 cells.append(f"{x.mean():.1f} [{low:.1f}, {high:.1f}]")
             assert " | ".join([f"| {algorithm}", *cells]) in page
             found += 1
+        for measure in ("last 10%", "argmax"):
+            klac, sac = (summary.get_group(algorithm)[measure] for algorithm in ("KLAC-ab", "SAC"))
+            low, high = scipy.stats.ttest_ind(klac, sac, equal_var=False).confidence_interval()
+            assert re.search(rf"{abs(klac.mean() - sac.mean()):.1f} (more|less) \(.*\[{low:.1f}, {high:.1f}\]\)", page)
     assert found == len(re.findall(r"^\| (?:SAC|KLAC)[\w-]* \| [\d.]+, ", page, re.M))
 
 
