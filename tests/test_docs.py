@@ -135,7 +135,7 @@ def test_the_exercises_tables_are_the_committed_results():
         assert [f"{taxi[algorithm, float(alpha)]:.2f}" for algorithm in ("SAC", "KLAC")] == cells
 
 
-LANES = ("tuned",)
+LANES = ("tuned", "fixed")
 
 
 def test_the_lanes_tables_are_the_committed_runs_with_their_intervals():
