@@ -33,6 +33,7 @@ from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 from gymnasium.envs.toy_text.taxi import TaxiEnv  # Taxi-v3 where Gymnasium has v4: dry, they are the same
 
 TOYS = ("StayOrExit", "Bandit", "Bifurcation", "random")
+STYLES = {"SAC": ("#D55E00", "--"), "KLAC": ("#0072B2", "-")}  # colour and line of the figures
 GYMNASIUM = {"Taxi-v3": TaxiEnv, "FrozenLake-v1": FrozenLakeEnv, "CliffWalking-v1": CliffWalkingEnv}
 
 
@@ -46,6 +47,8 @@ class Args:
     """last temperature of an annealed path that starts at --alpha (default: it is fixed)"""
     anneal_steps: int = 50
     """temperatures on that path, each a constant factor below the one before"""
+    alphas: tuple[float, ...] = ()
+    """several temperatures, each solved on its own, in place of --alpha: a row each, and with --out their curve"""
     gamma: float = 0.99
     """discount factor"""
     n_actions: float = 1e6
@@ -59,7 +62,7 @@ class Args:
     seed: int = 1
     """seed of the random MDP"""
     out: Path | None = None
-    """draw the figures of the theory into this folder as well, each with its numbers as CSV"""
+    """draw the figures of the theory, or with --alphas the curves over them, into this folder, with their CSV"""
 
 
 class UsageError(Exception):
@@ -327,10 +330,16 @@ def bound(mdp: MDP, alpha: float, log_w: np.ndarray) -> float:
     return alpha * surprise.max() / (1 - mdp.gamma)
 
 
+def first_policy(mdp: MDP, solution: Solution) -> np.ndarray:
+    """The probability of each kind of action in the state where every episode starts; empty if there are several."""
+    return np.exp(solution.log_pi[mdp.start == 1].ravel())
+
+
 def row(mdp: MDP, algorithm: str, alphas, path: list[Solution], log_w: np.ndarray, tolerance: float) -> dict:
     """What the last solution of the path is worth, and what the whole path took: all of it must have converged."""
     best, true = float(mdp.start @ policy_iteration(mdp)), float(mdp.start @ path[-1].value)
     residual = float(max(solution.residual for solution in path))
+    policy = [f"{p:.4g}" for p in first_policy(mdp, path[-1])]
     return {
         "MDP": mdp.name,
         "algorithm": algorithm,
@@ -343,6 +352,7 @@ def row(mdp: MDP, algorithm: str, alphas, path: list[Solution], log_w: np.ndarra
         "iterations": sum(solution.iterations for solution in path),
         "residual": residual,
         "converged": "yes" if residual <= tolerance else "NO",
+        "policy at the start": ", ".join(policy),
     }
 
 
@@ -353,28 +363,62 @@ def text(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
-def draw(out: Path, gamma: float) -> None:
-    """Return against N and alpha, the gap against the bound, and the annealed path: each as PNG, PDF and CSV."""
+def pyplot():
+    """Matplotlib, which only the figures need."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    styles = {"SAC": ("#D55E00", "--"), "KLAC": ("#0072B2", "-")}
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42})
+    return plt
 
-    def finish(figure, name, header, rows):
-        for suffix in ("png", "pdf"):
-            figure.savefig(
-                out / f"{name}.{suffix}", dpi=200, metadata={"CreationDate": None} if suffix == "pdf" else None
+
+def finish(figure, path: Path, header: str, rows: list[tuple]) -> None:
+    """Saves a figure as PNG and PDF, and its numbers as CSV, at the path with each suffix."""
+    for suffix in ("png", "pdf"):
+        metadata = {"CreationDate": None} if suffix == "pdf" else None
+        figure.savefig(f"{path}.{suffix}", dpi=200, metadata=metadata)
+    pyplot().close(figure)
+    lines = [",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row) for row in rows]
+    Path(f"{path}.csv").write_text("\n".join([header, *lines]) + "\n")
+
+
+def draw_alphas(path: Path, mdp: MDP, alphas, solutions: dict[str, list[Solution]]) -> None:
+    """True return over alpha and, where every episode starts in one state, the policy there: a line an action."""
+    policies = {name: np.array([first_policy(mdp, x) for x in found]) for name, found in solutions.items()}
+    actions = policies["SAC"].shape[1]
+    columns = 2 if actions else 1
+    figure, axes = pyplot().subplots(1, columns, figsize=(3.5 * columns, 2.6), squeeze=False, layout="constrained")
+    best, rows = float(mdp.start @ policy_iteration(mdp)), []
+    axes[0, 0].axhline(best, color="0.6", linewidth=0.8, linestyle=":", label="optimum")
+    for algorithm in ("KLAC", "SAC"):  # dashed on top, where the two are one
+        colour, line = STYLES[algorithm]
+        returns = [float(mdp.start @ solution.value) for solution in solutions[algorithm]]
+        axes[0, 0].semilogx(alphas, returns, color=colour, linestyle=line, label=algorithm)
+        for action in range(actions):
+            axes[0, 1].semilogx(alphas, policies[algorithm][:, action], color=colour, linestyle=line)
+            axes[0, 1].text(alphas[0], policies[algorithm][0, action] + 0.02, f"action {action}", fontsize=6)
+        rows += [
+            (algorithm, float(alpha), value, solution.residual, *map(float, policy))
+            for alpha, value, solution, policy in zip(
+                alphas, returns, solutions[algorithm], policies[algorithm], strict=True
             )
-        plt.close(figure)
-        lines = [",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row) for row in rows]
-        (out / f"{name}.csv").write_text("\n".join([header, *lines]) + "\n")
+        ]
+    axes[0, 0].set(xlabel="alpha", ylabel="true return", title=mdp.name)
+    axes[0, 0].legend(frameon=False)
+    if actions:
+        axes[0, 1].set(xlabel="alpha", ylabel="policy at the start", ylim=(-0.03, 1.1))
+    header = ["algorithm", "alpha", "return", "residual", *[f"pi_{action}" for action in range(actions)]]
+    finish(figure, path, ",".join(header), rows)
 
+
+def draw(out: Path, gamma: float) -> None:
+    """Return against N and alpha, the gap against the bound, and the annealed path: each as PNG, PDF and CSV."""
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), sharey=True, layout="constrained")
     alpha, n, rows = 0.05, 1e6, []
-    for algorithm, (colour, line) in styles.items():
+    for algorithm, (colour, line) in STYLES.items():
         for axis, points in ((left, np.logspace(0, 12, 97)), (right, np.logspace(-6, 1, 113))):
             returns = []
             for x in points:
@@ -397,11 +441,11 @@ def draw(out: Path, gamma: float) -> None:
     right.set(xlabel=f"alpha / R (N = {n:g})")
     legend = {"loc": "outside lower center", "frameon": False}
     figure.legend(*right.get_legend_handles_labels(), **legend, ncols=3)
-    finish(figure, "stay_or_exit", "algorithm,N,alpha,return,residual", rows)
+    finish(figure, out / "stay_or_exit", "algorithm,N,alpha,return,residual", rows)
 
     figure, axis = plt.subplots(figsize=(3.4, 2.8), layout="constrained")
     rows = []
-    for algorithm, (colour, _) in styles.items():
+    for algorithm, (colour, _) in STYLES.items():
         for seed in range(100):
             mdp = random_mdp(seed, gamma=gamma)
             alpha = float(10 ** np.random.default_rng(seed).uniform(-3, 2))
@@ -415,18 +459,18 @@ def draw(out: Path, gamma: float) -> None:
     axis.plot(ends, ends, color="0.4", linewidth=0.8, label="the bound")
     axis.set(xlabel="alpha log|A| / (1 - gamma)", ylabel="J* - J (below 1e-6: at 1e-6)")
     figure.legend(**legend, ncols=3)
-    finish(figure, "bound", "algorithm,seed,alpha,gap,bound,residual", rows)
+    finish(figure, out / "bound", "algorithm,seed,alpha,gap,bound,residual", rows)
 
     figure, axis = plt.subplots(figsize=(3.4, 2.6), layout="constrained")
     mdp, alphas, rows = stay_or_exit(1e12, gamma=gamma), np.logspace(1, -6, 71), []
-    for algorithm, (colour, line) in styles.items():
+    for algorithm, (colour, line) in STYLES.items():
         solutions = solve(mdp, algorithm, alphas, mdp.log_m)
         axis.semilogx(alphas, [s.value[0] for s in solutions], color=colour, linestyle=line, label=algorithm)
         rows += [(algorithm, float(a), float(s.value[0]), s.residual) for a, s in zip(alphas, solutions, strict=True)]
     axis.invert_xaxis()
     axis.set(xlabel="alpha / R, annealed from left to right (N = 1e12)", ylabel="true return / R")
     figure.legend(**legend, ncols=2)
-    finish(figure, "annealed", "algorithm,alpha,return,residual", rows)
+    finish(figure, out / "annealed", "algorithm,alpha,return,residual", rows)
 
 
 def make_mdp(name: str, args: Args) -> MDP:
@@ -446,6 +490,7 @@ def main(args: Args) -> None:
         "alpha": (0 < args.alpha < np.inf, "positive and finite"),
         "anneal_to": (args.anneal_to is None or 0 < args.anneal_to < np.inf, "positive and finite"),
         "anneal_steps": (args.anneal_steps > 1, "at least 2"),
+        "alphas": (all(0 < alpha < np.inf for alpha in args.alphas), "positive and finite"),
         "gamma": (0 <= args.gamma < 1, "in [0, 1)"),
         "n_actions": (2 <= args.n_actions < np.inf, "at least 2 and finite"),
         "tolerance": (0 < args.tolerance <= 1e-3, "in (0, 0.001]"),
@@ -455,12 +500,14 @@ def main(args: Args) -> None:
     for name, (valid, expected) in rules.items():
         if not valid:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {expected}")
+    if args.alphas and args.anneal_to is not None:
+        raise UsageError(f"--anneal-to {args.anneal_to}: not with --alphas, which are solved one by one")
     if args.out is not None and args.gamma == 0:
         raise UsageError("--gamma 0: must be above 0 with --out, whose figures divide by it")
-    alphas = [args.alpha]
+    paths = [[alpha] for alpha in args.alphas or (args.alpha,)]
     if args.anneal_to is not None:
-        alphas = np.geomspace(args.alpha, args.anneal_to, args.anneal_steps)
-    rows = []
+        paths = [np.geomspace(args.alpha, args.anneal_to, args.anneal_steps)]
+    rows, curves = [], []
     for name in (*TOYS, *GYMNASIUM) if args.mdp == "all" else (args.mdp,):
         mdp = make_mdp(name, args)
         log_w = mdp.log_m
@@ -477,13 +524,20 @@ def main(args: Args) -> None:
                 raise UsageError(f"--reference {args.reference}: must hold {expected}, for {name}")
             with np.errstate(divide="ignore"):
                 log_w = np.log(q)
-        for algorithm in ("SAC", "KLAC"):
-            path = solve(mdp, algorithm, alphas, log_w, args.tolerance, args.max_iterations)
-            rows.append(row(mdp, algorithm, alphas, path, log_w, args.tolerance))
+        solutions = {}
+        for algorithm in STYLES:
+            for path in paths:
+                found = solve(mdp, algorithm, path, log_w, args.tolerance, args.max_iterations)
+                rows.append(row(mdp, algorithm, path, found, log_w, args.tolerance))
+                solutions.setdefault(algorithm, []).append(found[-1])
+        curves.append((name, mdp, solutions))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)  # fails now rather than after the table
     print(text(rows))
-    if args.out is not None:
+    if args.out is not None and args.alphas:
+        for name, mdp, solutions in curves:
+            draw_alphas(args.out / f"{name}_alphas", mdp, args.alphas, solutions)
+    elif args.out is not None:
         draw(args.out, args.gamma)
 
 

@@ -125,6 +125,43 @@ def test_what_r_means_is_the_action_boxes_own():
             assert (0.25 / float(h)) ** int(d) == pytest.approx(float(uniform), rel=0.4)
 
 
+def test_the_exercises_tables_are_the_committed_results():
+    page = (ROOT / "docs/exercises.md").read_text()
+    bandit = pd.read_csv(ROOT / "results/exercises/Bandit_alphas.csv").set_index(["algorithm", "alpha"])
+    rows = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    assert len(rows) == 4
+    for alpha, *cells in rows:
+        for algorithm in ("SAC", "KLAC"):
+            exact = bandit.loc[(algorithm, float(alpha)), ["pi_0", "pi_1", "return"]]
+            assert [f"{x:.3f}" for x in exact] == cells
+    taxi = pd.read_csv(ROOT / "results/exercises/Taxi-v3_alphas.csv").set_index(["algorithm", "alpha"])["return"]
+    rows = re.findall(r"^\| ([\d.]+) \| (-?[\d.]+) \| (-?[\d.]+) \|$", page, re.M)
+    assert len(rows) == 7
+    for alpha, *cells in rows:
+        assert [f"{taxi[algorithm, float(alpha)]:.2f}" for algorithm in ("SAC", "KLAC")] == cells
+
+
+LANES = ("tuned", "fixed")
+
+
+def test_the_lanes_tables_are_the_committed_runs_with_their_intervals():
+    page, found = (ROOT / "docs/exercises.md").read_text(), 0
+    for setting in LANES:
+        summary = pd.read_csv(ROOT / f"results/lane/{setting}/summary.csv").groupby("algorithm")
+        for algorithm, runs in summary:
+            cells = [", ".join(f"{x:.1f}" for x in runs["last 10%"])]
+            for x in (runs["last 10%"], runs["argmax"]):
+                low, high = scipy.stats.t.interval(0.95, len(x) - 1, x.mean(), scipy.stats.sem(x))
+                cells.append(f"{x.mean():.1f} [{low:.1f}, {high:.1f}]")
+            assert " | ".join([f"| {algorithm}", *cells]) in page
+            found += 1
+        for measure in ("last 10%", "argmax"):
+            klac, sac = (summary.get_group(algorithm)[measure] for algorithm in ("KLAC-ab", "SAC"))
+            low, high = scipy.stats.ttest_ind(klac, sac, equal_var=False).confidence_interval()
+            assert re.search(rf"{abs(klac.mean() - sac.mean()):.1f} (more|less) \(.*\[{low:.1f}, {high:.1f}\]\)", page)
+    assert found == len(re.findall(r"^\| (?:SAC|KLAC)[\w-]* \| [\d.]+, ", page, re.M))
+
+
 def test_the_readme_s_table_is_the_committed_runs():
     summary = pd.read_csv(ROOT / "results/beta/summary.csv").set_index(["task", "algorithm"])["last 10%"]
     names = ["SAC", "KLAC-b", "KLAC, beta 0.01", "KLAC, beta 0.03", "KLAC, beta 0.1"]

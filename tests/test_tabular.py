@@ -214,6 +214,74 @@ def test_taxi_is_solved_as_plain_policy_iteration_does():
     assert np.mean(returns) > 7
 
 
+def test_taxi_at_the_slides_temperature_wanders_for_ever_and_klac_does_not(run_script):
+    """The slides' Algorithm 1, its two loops of backups, on the outcomes of Gymnasium's own table; played as well."""
+    env, alpha, gamma = tabular.TaxiEnv(), 1.0, 0.99
+    outcomes = np.array([[env.P[s][a][0] for a in range(6)] for s in range(500)])  # each action has one
+    following, reward, goes_on = outcomes[..., 1].astype(int), outcomes[..., 2], 1 - outcomes[..., 3]
+    q, klac_q = np.zeros((500, 6)), np.zeros((500, 6))
+    for _ in range(20):
+        log_pi = scipy.special.log_softmax(q / alpha, axis=1)
+        for _ in range(1000):
+            value = (np.exp(log_pi) * (q - alpha * log_pi)).sum(axis=1)
+            q = reward + gamma * goes_on * value[following]
+    for _ in range(4000):  # KLAC's fixed point: the same without the entropy, an eighth of a step at a time
+        value = (scipy.special.softmax(klac_q / alpha, axis=1) * klac_q).sum(axis=1)
+        klac_q += (reward + gamma * goes_on * value[following] - klac_q) / 8
+    returns = {}
+    for algorithm, critic in (("SAC", q), ("KLAC", klac_q)):
+        pi, value = scipy.special.softmax(critic / alpha, axis=1), np.zeros(500)
+        for _ in range(3000):
+            value = (pi * (reward + gamma * goes_on * value[following])).sum(axis=1)
+        returns[algorithm] = env.initial_state_distrib @ value
+    code, out, _ = run_script("tabular", "--mdp", "Taxi-v3", "--alphas", 0.05, 0.4, 1, "--out", "figures")
+    assert code == 0
+    lines = [[cell.strip() for cell in line.split("|")] for line in out.splitlines()[2:]]
+    printed = {(algorithm, alpha): float(j) for _, _, algorithm, alpha, _, j, *_ in lines}
+    with open("figures/Taxi-v3_alphas.csv") as file:
+        drawn = {(row["algorithm"], row["alpha"]): float(row["return"]) for row in csv.DictReader(file)}
+    for algorithm, expected in returns.items():
+        assert printed[algorithm, "1"] == pytest.approx(expected, rel=1e-3)
+        assert drawn[algorithm, "1"] == pytest.approx(expected, rel=1e-5)
+        assert drawn[algorithm, "0.05"] == pytest.approx(6.327464, abs=1e-5)  # the optimum
+    assert returns["SAC"] < -99
+    assert returns["KLAC"] > 0
+    assert sorted(printed) == sorted(drawn)
+    for suffix in ("png", "pdf"):
+        assert Path(f"figures/Taxi-v3_alphas.{suffix}").stat().st_size > 5000
+
+    # to wander is worth more than to deliver: alpha log(4 moves at -1 and 2 illegal actions at -10), for ever
+    wandering = np.log(4 * np.exp(-1) + 2 * np.exp(-10)) / (1 - gamma)
+    soft_value = scipy.special.logsumexp(q, axis=1)
+    assert 20 < wandering < env.initial_state_distrib @ soft_value < wandering + 10
+    (state, _), rng, played = env.reset(seed=0), np.random.default_rng(0), []
+    for _ in range(200):
+        state, paid, *_ = env.step(int(rng.choice(6, p=scipy.special.softmax(q[state]))))
+        played.append(paid)
+    assert max(played) == -1  # no passenger was delivered
+
+
+def test_the_bandits_policy_is_printed_and_drawn_for_each_temperature(run_script):
+    """By hand: the odds of an arm that pays 1 and one that pays 0.5 are exp(0.5 / alpha)."""
+    code, out, _ = run_script("tabular", "--mdp", "Bandit", "--alphas", 0.1, 0.5, 1, 100, "--out", "figures")
+    assert code == 0
+    by_hand = {"0.1": (0.99331, 0.0066929), "0.5": (0.73106, 0.26894), "1": (0.62246, 0.37754), "100": (0.5012, 0.4988)}
+    lines = [[cell.strip() for cell in line.split("|")] for line in out.splitlines()]
+    assert lines[0][-2] == "policy at the start"
+    with open("figures/Bandit_alphas.csv") as file:
+        drawn = list(csv.DictReader(file))
+    assert len(lines[2:]) == len(drawn) == 8
+    for line in lines[2:]:
+        np.testing.assert_allclose([float(p) for p in line[-2].split(",")], by_hand[line[3]], rtol=2e-4)
+    for row in drawn:
+        np.testing.assert_allclose([float(row["pi_0"]), float(row["pi_1"])], by_hand[row["alpha"]], rtol=2e-4)
+        assert float(row["return"]) == pytest.approx(0.5 + 0.5 * by_hand[row["alpha"]][0], abs=1e-4)
+    assert Path("figures/Bandit_alphas.png").stat().st_size > 5000
+    assert not Path("figures/stay_or_exit.png").exists()
+    # and without a list, of the one temperature: exp(10) to 1 at 0.05
+    assert run_script("tabular", "--mdp", "Bandit")[1].splitlines()[2].split("|")[-2].strip() == "1, 4.54e-05"
+
+
 @pytest.mark.parametrize("env_id", list(tabular.GYMNASIUM))
 def test_the_tables_of_gymnasium_are_mdps_and_converge(env_id):
     mdp = tabular.from_gymnasium(env_id)
@@ -324,6 +392,7 @@ def test_a_reference_gives_no_weight_to_an_action_that_there_is_not(run_script):
 @pytest.mark.parametrize(("flags", "word"), [
     (["--alpha", 0], "--alpha 0"), (["--alpha", "inf"], "--alpha inf"), (["--gamma", 1], "--gamma 1"),
     (["--n-actions", 1], "--n-actions 1"), (["--anneal-to", -1], "--anneal-to -1"),
+    (["--alphas", 1, 0], "--alphas (1.0, 0.0)"), (["--alphas", 1, "--anneal-to", 0.1], "--anneal-to 0.1"),
     (["--anneal-steps", 1], "--anneal-steps 1"), (["--tolerance", 0], "--tolerance 0"),
     (["--tolerance", "inf"], "--tolerance inf"), (["--reference", "empty.npy"], "--reference empty.npy"),
     (["--reference", "words.npy"], "--reference words.npy"), (["--gamma", 0], "--gamma 0"),
