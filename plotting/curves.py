@@ -163,7 +163,7 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
     labels = {name: f"{name} ({seeds_of(rows[name])})" if name in rows else name for name in lines}
     order = [*styles, *(name for name in lines if name not in styles)]
     title = f"a point: the mean over {curves['step'].min():,} steps"
-    if any("n=1" not in seeds_of(table) for table in rows.values()):
+    if curves.groupby(["task", "algorithm"])["seed"].nunique().max() > 1:
         title += "\n" if len(tasks) == 1 else "; "
         title += "thin: a seed; thick: the mean of the seeds"
     figure.legend(

@@ -217,6 +217,8 @@ def test_a_figure_says_what_a_point_is_and_names_the_scales(monkeypatch):
         assert sum(low <= tick <= high for tick in axis.get_yticks()) >= 3
         assert axis.get_xlim()[0] == 0
         assert axis.get_legend() is None
+    mixed = pictures(monkeypatch, "beta", ("return",)).legends[0]  # two seeds on some tasks, one on others
+    assert mixed.get_title().get_text().endswith("; thin: a seed; thick: the mean of the seeds")
     single = pictures(monkeypatch, "checks/breakout_v0", ("return",)).legends[0]
     assert single.get_title().get_text() == "a point: the mean over 5,000 steps"  # one seed has no thin line
 
