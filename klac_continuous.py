@@ -782,8 +782,8 @@ class Run:
         self.csv.truncate(self.csv_size)  # what was logged after the checkpoint is logged again
         if self.csv_size == 0:
             self.pending = b"step,tag,value\n"
-        config = self.config | {"provenance": provenance()}
-        (self.folder / "args.json").write_text(json.dumps(config, indent=2) + "\n")
+        self.provenance = provenance()
+        self.write_args()
         self.writer = SummaryWriter(self.folder, purge_step=self.step if self.args.resume else None)
         if threading.current_thread() is threading.main_thread():
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
@@ -794,6 +794,12 @@ class Run:
         print(f"{self.folder}: {start}", flush=True)
         self.next_checkpoint, self.next_flush = self.step + self.args.checkpoint_interval, 0.0
         self.began = time.perf_counter()
+
+    def write_args(self) -> None:
+        """Writes args.json, whole or not at all."""
+        partial = self.folder / f"partial-{os.getpid()}"
+        partial.write_text(json.dumps(self.config | {"provenance": self.provenance}, indent=2) + "\n")
+        partial.replace(self.folder / "args.json")
 
     def start_wandb(self) -> None:
         import wandb
@@ -1000,6 +1006,9 @@ class Run:
         os.fsync(self.csv.fileno())
         states = {name: network.state_dict() for name, network in networks.items()}
         save({"args": self.config, **states}, self.folder / "actor.pt")
+        self.provenance["hours"] = self.hours + (time.perf_counter() - self.began) / 3600  # without the pauses
+        with self.warning("the hours in args.json"):
+            self.write_args()
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
 
 

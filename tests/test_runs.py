@@ -509,7 +509,7 @@ def test_a_frame_shows_everything_in_the_game_and_nothing_else(env_id):
     assert np.array_equal(shown, obs.any(axis=2))
 
 
-def test_a_run_says_what_its_numbers_depend_on(tmp_path):
+def test_a_run_says_what_its_numbers_depend_on(tmp_path, scalars):
     """In a repository of the user's own: its revision, and whether the script was edited since."""
     shutil.copy(ROOT / "sac_discrete.py", tmp_path)
     git = ["git", "-c", "user.name=me", "-c", "user.email=me@here"]
@@ -530,6 +530,8 @@ def test_a_run_says_what_its_numbers_depend_on(tmp_path):
     assert clean["revision"] == revision
     assert (clean["torch"], clean["numpy"], clean["threads"]) == (torch.__version__, np.__version__, 1)
     assert clean["processor"]
+    logged = [value for _, value in scalars(tmp_path / "runs/clean")["charts/hours"]]
+    assert logged[-1] < clean["hours"] < logged[-1] + 0.02
     with (tmp_path / "sac_discrete.py").open("a") as file:
         file.write("# mine\n")
     assert provenance("edited")["revision"] == f"{revision}-dirty"
