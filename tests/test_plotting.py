@@ -529,9 +529,11 @@ def test_runs_are_added_to_the_tables_of_earlier_ones(campaign):
         assert (Path("in parts") / name).read_text(errors="replace") != first.get(name)
 
     args = json.loads((campaign[6] / "args.json").read_text())
-    (campaign[6] / "args.json").write_text(json.dumps(args | {"total_timesteps": 2 * args["total_timesteps"]}))
+    total, rows = args["total_timesteps"], campaign[6] / "scalars.csv"
+    (campaign[6] / "args.json").write_text(json.dumps(args | {"total_timesteps": 2 * total}))
+    rows.write_text(rows.read_text().replace(f"\n{total},eval/", f"\n{2 * total},eval/"))
     before = {path.name: path.read_bytes() for path in Path("at once").iterdir()}
-    with pytest.raises(ValueError, match=f"--keep: at once has runs of {args['env_id']} of {args['total_timesteps']} "):
+    with pytest.raises(ValueError, match=f"--keep: at once has runs of {args['env_id']} of {total} "):
         figures.main(figures.Args(runs=[campaign[6]], keep=True, out=Path("at once")))
     assert {path.name: path.read_bytes() for path in Path("at once").iterdir()} == before
     with pytest.raises(OSError, match="nowhere"):

@@ -136,6 +136,7 @@ def test_two_runs_started_in_the_same_second_do_not_collide():
     env, folders = klac_discrete.make_env(args), []
     for _ in range(5):
         with klac_discrete.Run(args, "KLAC", env) as run:
+            run.start({}, None, None, None)
             folders.append(run.folder)
     assert sorted(folders) == sorted(Path("runs").iterdir())
 
