@@ -671,6 +671,10 @@ def test_where_no_radius_works_p_must_come_closer_together():
         assert "with p closer together" in message
 
 
+def test_a_probability_whose_root_is_one_is_refused():
+    assert accepted(klac, env_id="Hopper-v5", p_end=1 - 2**-53).startswith("--p-end 0.9999999999999999: must be in (")
+
+
 def test_where_no_radius_works_none_is_suggested():
     message = accepted(klac, env_id="Swimmer-v5", p_start=0.001, p_end=0.999999)
     assert "must be in (" not in message

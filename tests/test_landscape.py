@@ -93,3 +93,13 @@ def test_what_cannot_be_drawn_is_refused_in_one_line():
 def test_a_critic_has_no_variants_colour():
     variants = {colour for colour, _ in figures.STYLES.values()}
     assert variants.isdisjoint(colour for _, colour, _ in landscape.CURVES.values())
+
+
+def test_a_flipped_bit_is_refused():
+    run_dir = sac_continuous.train(sac_continuous.Args(env_id="Pendulum-v1", run_name="it", **FLAGS))
+    content = bytearray((run_dir / "actor.pt").read_bytes())
+    content[len(content) // 2] ^= 1  # among the weights
+    (run_dir / "actor.pt").write_bytes(content)
+    result = draw(run_dir, "--out", "figures")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "actor.pt: damaged" in result.stderr
