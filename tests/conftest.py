@@ -9,6 +9,7 @@ os.environ["WANDB_MODE"] = "offline"  # no test may reach out; the login test ov
 
 import pytest
 import torch
+import wandb
 
 import tests.envs
 
@@ -62,3 +63,11 @@ def scalars():
 @pytest.fixture
 def run_script(monkeypatch, capsys):
     return lambda name, *flags: main(name, *flags, monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.fixture
+def wandb_here():
+    """W&B's process keeps the folder in which it began: this test has one of its own."""
+    wandb.teardown()
+    yield
+    wandb.teardown()

@@ -400,6 +400,7 @@ def test_logged_twice_is_read_once(scalars):
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.usefixtures("wandb_here")
 def test_a_resumed_run_is_one_run_in_wandb_and_no_step_is_in_it_twice(scalars, monkeypatch):
     args = sac_discrete.Args(
         env_id="Walk-v0", run_name="it", resume=True, track=True, **TINY | {"checkpoint_interval": 200}

@@ -395,6 +395,7 @@ def test_tracked_run_reaches_wandb_whole_and_labelled(tmp_path, scalars):
         assert counts[tag] == len(values), tag
 
 
+@pytest.mark.usefixtures("wandb_here")
 def test_two_tracked_runs_of_one_process_stay_apart_and_a_third_is_not_tracked(scalars, capfd):
     flags = {"total_timesteps": 300, "learning_starts": 100, "log_interval": 50, "eval_episodes": 1, "compile": False}
     tracked = [klac_discrete.Args(env_id="Walk-v0", seed=seed, track=True, **flags) for seed in (1, 2)]
@@ -412,6 +413,7 @@ def test_two_tracked_runs_of_one_process_stay_apart_and_a_third_is_not_tracked(s
         assert {tag: counts[run_dir.name][tag] for tag in logged} == logged
 
 
+@pytest.mark.usefixtures("wandb_here")
 @pytest.mark.parametrize("name", two_of(SCRIPTS))
 def test_wandb_shows_a_run_over_its_environment_steps_with_its_clips(scalars, monkeypatch, name):
     logged, metrics, module = [], [], importlib.import_module(name)
