@@ -814,8 +814,12 @@ class Run:
         self.wandb.define_metric("global_step")
         self.wandb.define_metric("*", step_metric="global_step")
         rows = self.folder / "scalars.csv"
-        last = rows.read_bytes().rpartition(b"\n")[0].rpartition(b"\n")[2].partition(b",")[0] if rows.exists() else b""
-        self.tracked_step = int(last) if last.isdigit() else -1  # what was logged until the kill is not sent again
+        self.tracked_step = -1  # what was logged until the kill is not sent again
+        if rows.exists():
+            whole_rows = rows.read_bytes().rpartition(b"\n")[0]
+            last = whole_rows.rpartition(b"\n")[2].partition(b",")[0]
+            if last.isdigit():
+                self.tracked_step = int(last)
         self.tracked_clips = set(self.folder.glob("videos/*/*.mp4"))
 
     def send(self, step: int, scalars: dict) -> None:
@@ -825,9 +829,10 @@ class Run:
         if step <= self.tracked_step:
             return
         media = {}
-        for clip in sorted(set(self.folder.glob("videos/*/*.mp4")) - self.tracked_clips):
-            media.setdefault(f"videos/{clip.parent.name}", []).append(wandb.Video(str(clip), format="mp4"))
-            self.tracked_clips.add(clip)
+        if self.args.capture_video:
+            for clip in sorted(set(self.folder.glob("videos/*/*.mp4")) - self.tracked_clips):
+                media.setdefault(f"videos/{clip.parent.name}", []).append(wandb.Video(str(clip), format="mp4"))
+                self.tracked_clips.add(clip)
         self.wandb.log({"global_step": step, **scalars, **media}, step=step)
 
     def stop(self, number: int, _) -> None:
@@ -955,12 +960,16 @@ class Run:
         """Logs an update and shows where the run is."""
         now, (first_step, first_time) = time.perf_counter(), self.first_update
         log["charts/SPS"] = (self.step - first_step) / max(now - first_time, 1e-6)
-        self.log(self.step, log | {"charts/hours": self.hours + (now - self.began) / 3600})
+        self.log(self.step, log | {"charts/hours": self.hours_taken()})
         status = f"return {np.mean(self.returns):.2f}" if self.returns else "no episode yet"
         self.bar.set_postfix_str(status)
         if self.bar.disable and self.step // self.args.log_interval % 10 == 0:
             left = (self.args.total_timesteps - self.step) / max(log["charts/SPS"], 1)
             print(f"step {self.step}: {status}, {log['charts/SPS']:.0f} steps/s, {left:.0f} s left", flush=True)
+
+    def hours_taken(self) -> float:
+        """Hours of the run so far, without its pauses."""
+        return self.hours + (time.perf_counter() - self.began) / 3600
 
     def wants_checkpoint(self) -> bool:
         return self.stopped_by is not None or self.step + 1 >= self.next_checkpoint
@@ -973,7 +982,7 @@ class Run:
         state = {
             "args": self.config,
             "step": self.step + 1,
-            "hours": self.hours + (time.perf_counter() - self.began) / 3600,
+            "hours": self.hours_taken(),
             "best_return": self.best_return,
             "csv_size": self.csv.tell() + len(self.pending),
             "added": self.buffer.added,
@@ -1006,7 +1015,7 @@ class Run:
         os.fsync(self.csv.fileno())
         states = {name: network.state_dict() for name, network in networks.items()}
         save({"args": self.config, **states}, self.folder / "actor.pt")
-        self.provenance["hours"] = self.hours + (time.perf_counter() - self.began) / 3600  # without the pauses
+        self.provenance["hours"] = self.hours_taken()
         with self.warning("the hours in args.json"):
             self.write_args()
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
