@@ -237,8 +237,8 @@ def entropy_range(box: gym.spaces.Box) -> tuple[float, float]:
 
 def exploit_entropy(p: float, r: float, d: int) -> float:
     """H*(p, r, d) in nats: the entropy of the Gaussian within r of its mean in all d dimensions with probability p."""
-    sigma = r / (math.sqrt(2) * torch.tensor(p ** (1 / d), dtype=torch.float64).erfinv().item())  # line 19
-    return d / 2 * (1 + math.log(2 * math.pi)) + d * math.log(sigma)
+    r_over_sigma = math.sqrt(2) * torch.tensor(p ** (1 / d), dtype=torch.float64).erfinv().item()  # line 19
+    return d / 2 * (1 + math.log(2 * math.pi)) + d * (math.log(r) - math.log(r_over_sigma))
 
 
 def exploit_probability(actor: Actor, obs: torch.Tensor, r: float) -> torch.Tensor:
@@ -253,9 +253,8 @@ def exploit_probability(actor: Actor, obs: torch.Tensor, r: float) -> torch.Tens
 
 
 def make_log_q(args: Args, env: gym.Env, device: torch.device):
-    """The reference policy: a function from observations (B, obs_dim) and points u before tanh (B, d) to log q(a|s) of
-    a = squash(u), in action units, (B,) or broadcast to it. Replace it to use another reference. Raises UsageError if
-    args.reference is no actor for this task."""
+    """The reference policy, a function from observations (B, obs_dim) and points u before tanh (B, d) to log q(a|s) of
+    a = squash(u), in action units, (B,) or broadcast to it: replace it."""
     if args.reference is None:
         log_vol = log_volume(env.action_space)
         return lambda obs, u: -log_vol
@@ -266,9 +265,9 @@ def make_log_q(args: Args, env: gym.Env, device: torch.device):
 def td_target(batch: Batch, noise: torch.Tensor, actor: Actor, target_critics: Networks, gamma, beta) -> torch.Tensor:
     """y = r + beta + gamma (1 - terminated) min_i Q_i'(s', a'), (B,), with a' ~ pi: no entropy (Eq. 12, line 10)."""
     mean, log_std = actor(batch.next_obs)
-    next_action = actor.squash(mean + log_std.exp() * noise)
-    next_v = target_critics(batch.next_obs, next_action).amin(0).squeeze(1)  # (B,)
-    return batch.rewards + beta + gamma * (1 - batch.terminations) * next_v
+    u = mean + log_std.exp() * noise
+    min_q = target_critics(batch.next_obs, actor.squash(u)).amin(0).squeeze(1)  # (B,)
+    return batch.rewards + beta + gamma * (1 - batch.terminations) * min_q
 
 
 def critic_loss(parameters: dict, batch: Batch, critics: Networks, y: torch.Tensor):
@@ -288,8 +287,7 @@ def critic_gradients(batch: Batch, critics: Networks, *of_target):
 
 
 def actor_loss(parameters: dict, batch: Batch, noise: torch.Tensor, actor: Actor, critics: Networks, log_vq, alpha):
-    """alpha KL(pi || q exp(Q / alpha) / Z) up to a constant, E_{a ~ pi}[alpha (log pi - log vq) - min_i Q_i] (Eq. 13),
-    and log pi and log pi - log vq, (B,) each. vq is q relative to the uniform policy: log vq is 0 if q is that."""
+    """E_{a ~ pi}[alpha (log pi - log vq) - min_i Q_i] (Eq. 13; vq = vol q, 1 if q is uniform), log pi and the ratio."""
     mean, log_std = functional_call(actor, parameters, (batch.obs,))
     u = mean + log_std.exp() * noise
     log_pi = actor.log_prob(mean, log_std, u)
@@ -299,7 +297,7 @@ def actor_loss(parameters: dict, batch: Batch, noise: torch.Tensor, actor: Actor
 
 
 def actor_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, critics: Networks, log_q, log_vol: float, alpha):
-    """The actor's gradients, by parameter, KL(pi || q), and what is logged. Pure."""
+    """The actor's gradients, by parameter, the KL that the temperature holds, and what is logged. Pure."""
     arguments = batch, noise, actor, critics, lambda obs, u: log_q(obs, u) + log_vol, alpha
     differentiate = grad_and_value(actor_loss, has_aux=True)
     gradients, (loss, (log_pi, log_ratio)) = differentiate(dict(actor.named_parameters()), *arguments)
@@ -316,8 +314,6 @@ def train(args: Args) -> Path:
     target_entropy = -float(d) if args.target_entropy is None else args.target_entropy  # SAC's heuristic, in nats
     args = replace(args, target_entropy=target_entropy, anneal_timesteps=args.anneal_timesteps or args.total_timesteps)
     lowest, highest = entropy_range(box)
-    for name in ("p_start", "p_end"):
-        check_range(args, name, 0, (1 - 2**-52) ** d)  # beyond which p ** (1 / d) is 1
     if args.autotune and args.anneal:
         entropies = [exploit_entropy(p, 1.0, d) for p in (args.p_start, args.p_end)]  # r adds d log r
         least, most = math.exp((lowest - min(entropies)) / d), math.exp((highest - max(entropies)) / d)
@@ -378,9 +374,8 @@ def train(args: Args) -> Path:
                 gradients, log = compute_critic_gradients(batch, critics, *of_target)
                 descend(q_optimizer, critics, gradients)
 
-                if args.anneal:
-                    progress = min(1.0, global_step / args.anneal_timesteps)
-                    p = args.p_start + (args.p_end - args.p_start) * progress  # line 15
+                if args.anneal:  # line 15
+                    p = args.p_start + (args.p_end - args.p_start) * min(1.0, global_step / args.anneal_timesteps)
                     target_entropy = exploit_entropy(p, r, d)
                     log["policy/target_exploit_probability"] = p
                 for _ in range(args.policy_frequency if global_step % args.policy_frequency == 0 else 0):
@@ -490,7 +485,7 @@ def check_flags(args: Args) -> None:
             rules.append((name, math.isfinite(value), "finite"))
         if name in ("policy_lr", "q_lr", "exploit_radius"):
             rules.append((name, value > 0, "positive"))
-        if name == "target_entropy_scale":
+        if name in ("target_entropy_scale", "p_start", "p_end") and value is not None:
             rules.append((name, 0 < value < 1, "in (0, 1)"))
         if name.endswith("_frequency") or (name in ("log_interval", "eval_interval") and value is not None):
             rules.append((name, value <= total or value == getattr(Args, name), f"at most --total-timesteps {total}"))

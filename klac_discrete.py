@@ -242,8 +242,7 @@ def exploit_entropy(p: float, n: int) -> float:
 
 
 def make_log_q(args: Args, env: gym.Env, device: torch.device):
-    """The reference policy: a function from the networks' input to log q(a|s), (B, n) or broadcast to it. Replace it to
-    use another reference. Raises UsageError if args.reference is no actor for this task."""
+    """The reference policy: a function from the networks' input to log q(a|s), (B, n) or broadcast to that."""
     if args.reference is None:
         log_n = math.log(int(env.action_space.n))
         return lambda x: -log_n
@@ -277,14 +276,13 @@ def critic_gradients(batch: Batch, critics: Networks, *of_target):
 
 
 def actor_loss(parameters: dict, batch: Batch, actor: Networks, min_q: torch.Tensor, log_nq, alpha: torch.Tensor):
-    """alpha KL(pi || q exp(Q / alpha) / Z) up to a constant, E_{a ~ pi}[alpha (log pi - log nq) - min_i Q_i] (Eq. 13),
-    and log pi, (B, n). nq is q relative to the uniform policy: log nq is 0 if q is that policy."""
+    """E_{a ~ pi}[alpha (log pi - log nq) - min_i Q_i] (Eq. 13; nq is n q, 1 if q is uniform), and log pi, (B, n)."""
     log_pi = F.log_softmax(functional_call(actor, parameters, (batch.obs,))[0], dim=1)
     return (log_pi.exp() * (alpha * (log_pi - log_nq) - min_q)).sum(1).mean(), log_pi
 
 
 def actor_gradients(batch: Batch, actor: Networks, critics: Networks, log_q, alpha: torch.Tensor):
-    """The actor's gradients, by parameter, KL(pi || q), and what is logged. Pure."""
+    """The actor's gradients, by parameter, the KL that the temperature holds, and what is logged. Pure."""
     min_q = critics(batch.obs).amin(0)  # (B, n)
     log_n = math.log(min_q.shape[1])
     log_nq = log_q(batch.obs) + log_n
@@ -304,9 +302,8 @@ def train(args: Args) -> Path:
     n = int(env.action_space.n)
     p_start = (0.6 if n == 2 else 0.5) if args.p_start is None else args.p_start
     args = replace(args, p_start=p_start, anneal_timesteps=args.anneal_timesteps or args.total_timesteps)
-    if args.anneal:
-        check_range(args, "p_start", 1 / n, 1)
-        check_range(args, "p_end", 1 / n, 1)
+    for name in ("p_start", "p_end"):
+        check_range(args, name, 1 / n, 1)
     removed = ("" if args.anneal else "a") + ("" if args.bias else "b")
     with Run(args, f"KLAC-{removed}" if removed else "KLAC", env) as run:
         if run.finished:
@@ -366,9 +363,8 @@ def train(args: Args) -> Path:
                 log |= actor_log
 
                 # Temperature: hold the KL at log n - H*; alpha (target KL - KL) is its own gradient in log alpha
-                if args.anneal:
-                    progress = min(1.0, global_step / args.anneal_timesteps)
-                    p = args.p_start + (args.p_end - args.p_start) * progress  # line 15
+                if args.anneal:  # line 15
+                    p = args.p_start + (args.p_end - args.p_start) * min(1.0, global_step / args.anneal_timesteps)
                     target_entropy = exploit_entropy(p, n)
                     log["policy/target_exploit_probability"] = p
                 if args.autotune:
@@ -468,7 +464,7 @@ def check_flags(args: Args) -> None:
             rules.append((name, math.isfinite(value), "finite"))
         if name in ("policy_lr", "q_lr", "exploit_radius"):
             rules.append((name, value > 0, "positive"))
-        if name == "target_entropy_scale":
+        if name in ("target_entropy_scale", "p_start", "p_end") and value is not None:
             rules.append((name, 0 < value < 1, "in (0, 1)"))
         if name.endswith("_frequency") or (name in ("log_interval", "eval_interval") and value is not None):
             rules.append((name, value <= total or value == getattr(Args, name), f"at most --total-timesteps {total}"))

@@ -252,7 +252,7 @@ def actor_loss(parameters: dict, batch: Batch, actor: Networks, min_q: torch.Ten
 
 
 def actor_gradients(batch: Batch, actor: Networks, critics: Networks, alpha: torch.Tensor):
-    """The actor's gradients, by parameter, its KL from the uniform policy, log n - H, and what is logged. Pure."""
+    """The actor's gradients, by parameter, the KL that the temperature holds, and what is logged. Pure."""
     min_q = critics(batch.obs).amin(0)  # (B, n)
     log_n = math.log(min_q.shape[1])
     differentiate = grad_and_value(actor_loss, has_aux=True)
@@ -422,7 +422,7 @@ def check_flags(args: Args) -> None:
             rules.append((name, math.isfinite(value), "finite"))
         if name in ("policy_lr", "q_lr", "exploit_radius"):
             rules.append((name, value > 0, "positive"))
-        if name == "target_entropy_scale":
+        if name in ("target_entropy_scale", "p_start", "p_end") and value is not None:
             rules.append((name, 0 < value < 1, "in (0, 1)"))
         if name.endswith("_frequency") or (name in ("log_interval", "eval_interval") and value is not None):
             rules.append((name, value <= total or value == getattr(Args, name), f"at most --total-timesteps {total}"))
