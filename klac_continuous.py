@@ -100,7 +100,7 @@ class Args:
     """half-width r of the exploitation region around the mode, in the environment's action units"""
     bias: bool = True
     """add beta to the reward in the critic's target"""
-    beta: float = 0.1
+    beta: float = 0.01
     """the uniform reward bias"""
     anneal: bool = True
     """anneal the target from p_start to p_end (--no-anneal: SAC's target)"""

@@ -99,7 +99,7 @@ class Args:
     """SAC's entropy target as a share of log n, in (0, 1)"""
     bias: bool = True
     """add beta to the reward in the critic's target"""
-    beta: float = 0.1
+    beta: float = 0.01
     """the uniform reward bias"""
     anneal: bool = True
     """anneal the target from p_start to p_end (--no-anneal: SAC's target)"""

@@ -180,6 +180,7 @@ def test_the_tables_of_the_completed_schedule_are_the_committed_runs():
     means = runs.mean().unstack()[names[1:]]
     scores = means.div(means.max(axis=1), axis=0).mean()
     assert f"| mean score | {' | '.join(f'{score:.2f}' for score in scores)} |" in page
+    assert scores.idxmax() == f"KLAC, beta {klac_discrete.Args.beta}"
 
 
 def test_the_table_of_asked_and_realised_is_the_committed_runs():
