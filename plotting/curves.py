@@ -7,7 +7,7 @@ one algorithm whose settings differ are told apart by what differs: "KLAC, p_sta
 
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -97,15 +97,26 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
 
 
 def tell_apart(runs: list[tuple[pd.DataFrame, dict, dict]]) -> None:
-    """Adds to the algorithms' names the settings in which their runs differ on some task."""
+    """Adds to the algorithms' names the settings in which their runs differ on some task; where these are several, only
+    those that are not the most common one's: "SAC-V", "SAC-V, tau 0.05", "SAC-V, reward_scale 1"."""
     differing = defaultdict(set)
     for (_, first, ours), (_, second, theirs) in itertools.combinations(runs, 2):
         if (first["task"], first["algorithm"]) == (second["task"], second["algorithm"]):
             names = ours.keys() | theirs.keys()
             differing[first["algorithm"]] |= {name for name in names if ours.get(name) != theirs.get(name)}
+    common = defaultdict(dict)
+    for algorithm, names in differing.items():
+        for name in names if len(names) > 1 else ():
+            values = Counter(str(settings.get(name)) for _, row, settings in runs if row["algorithm"] == algorithm)
+            (first, most), (_, next_most) = values.most_common(2)
+            if most > next_most:
+                common[algorithm][name] = first
     for curves, summary, settings in runs:
-        values = [f"{name} {settings.get(name)}" for name in sorted(differing[summary["algorithm"]])]
-        summary["algorithm"] = curves["algorithm"] = ", ".join([summary["algorithm"], *values])
+        algorithm, values = summary["algorithm"], []
+        for name in sorted(differing[algorithm]):
+            if str(settings.get(name)) != common[algorithm].get(name):
+                values.append(f"{name} {settings.get(name)}")
+        summary["algorithm"] = curves["algorithm"] = ", ".join([algorithm, *values])
 
 
 def swept(algorithms: list[str]) -> dict:

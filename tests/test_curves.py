@@ -54,6 +54,26 @@ def test_tables_and_figure_follow_from_the_runs(scalars):
     assert Path("out/curves.pdf").read_bytes().startswith(b"%PDF")
 
 
+def labels(*settings):
+    runs = [(pd.DataFrame(index=[0]), {"task": "A", "algorithm": "SAC"}, each) for each in settings]
+    curves.tell_apart(runs)
+    assert all(table["algorithm"].tolist() == [summary["algorithm"]] for table, summary, _ in runs)
+    return [summary["algorithm"] for _, summary, _ in runs]
+
+
+def test_where_several_settings_differ_only_the_uncommon_values_are_named():
+    base = {"tau": 0.005, "scale": 5.0}
+    assert labels(base, base | {"tau": 0.05}) == ["SAC, tau 0.005", "SAC, tau 0.05"]
+    assert labels(base, base | {"tau": 0.05}, base | {"tau": 1}, base | {"scale": 1}) == [
+        "SAC",
+        "SAC, tau 0.05",
+        "SAC, tau 1",
+        "SAC, scale 1",
+    ]
+    assert labels(base, {"tau": 1, "scale": 1}) == ["SAC, scale 5.0, tau 0.005", "SAC, scale 1, tau 1"]
+    assert labels(base, base) == ["SAC", "SAC"]
+
+
 def test_evaluations_are_points_of_the_bins_that_end_there(scalars):
     runs = [finished_run(seed, eval_interval=150) for seed in (1, 2)]
     curves.main(curves.Args(runs=[*runs, finished_run(3)], out=Path("out"), bin=150, show=("evaluation",)))
