@@ -143,6 +143,19 @@ def test_the_exercises_tables_are_the_committed_results():
         assert [f"{taxi[algorithm, float(alpha)]:.2f}" for algorithm in ("SAC", "KLAC")] == cells
 
 
+def test_the_pendulums_table_is_the_committed_runs():
+    curves = pd.read_csv(ROOT / "results/exercises/pendulum/curves.csv").pivot(index="step", columns="seed")
+    page = (ROOT / "docs/exercises.md").read_text()
+    rows = re.findall(r"^\| (\d+,000) \| (-?[\d.]+, -?[\d.]+) \| ([\d.]+, [\d.]+) \|$", page, re.M)
+    assert len(rows) == 7
+    for step, entropy, alpha in rows:
+        here = curves.loc[int(step.replace(",", ""))]
+        assert entropy == ", ".join(f"{x:.2f}" for x in here["entropy"])
+        assert alpha == ", ".join(f"{x:.3f}" for x in here["alpha"])
+    settled = curves[curves.index > 20_000]["entropy"].to_numpy()
+    assert f"{settled.mean():.2f} nats on average\n(standard deviation {settled.std():.1f})" in page
+
+
 LANES = ("tuned", "fixed")
 
 
