@@ -156,6 +156,16 @@ def test_the_pendulums_table_is_the_committed_runs():
     assert f"{settled.mean():.2f} nats on average\n(standard deviation {settled.std():.1f})" in page
 
 
+def test_the_table_of_fixed_temperatures_is_the_committed_runs():
+    summary = pd.read_csv(ROOT / "results/exercises/halfcheetah/summary.csv").groupby("algorithm")
+    page = (ROOT / "docs/exercises.md").read_text()
+    assert len(summary) == 3
+    for algorithm, runs in summary:
+        columns = ("last 10%", ".0f"), ("argmax", ".0f"), ("entropy", ".1f"), ("Q - return", ".0f")
+        cells = [", ".join(f"{x:{digits}}" for x in runs[column]) for column, digits in columns]
+        assert f"| {algorithm.removeprefix('SAC, alpha ')} | {' | '.join(cells)} |" in page
+
+
 LANES = ("tuned", "fixed")
 
 
