@@ -128,7 +128,7 @@ def swept(algorithms: list[str]) -> dict:
         if name not in STYLES and value.replace(".", "", 1).replace("e-", "", 1).isdecimal():
             numbers[stem].append((float(value), name))
     for place, sweep in enumerate(numbers.values()):
-        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(sweep)))
+        shades = matplotlib.colormaps[("viridis", "autumn", "cool")[place % 3]](np.linspace(0, 0.85, len(sweep)))
         for (_, name), shade in zip(sorted(sweep), shades, strict=True):
             styles[name] = (shade, ("-", "--", "-.", ":")[place % 4])
     return styles
@@ -137,7 +137,11 @@ def swept(algorithms: list[str]) -> dict:
 def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], folder: Path) -> None:
     """A column a task, a row a quantity: each seed a thin line, their mean a thick one."""
     tasks = list(dict.fromkeys(curves["task"]))
-    size = (4.2 * len(tasks), 2.6 * len(show) + 0.4)
+    longest = 0.09 * max(len(name) for name in curves["algorithm"]) + 1.4  # of the legend's entries, in inches
+    width = max(4.2 * len(tasks), longest)
+    legend_columns = max(1, min(2 * len(tasks), int(width / longest)))
+    legend_rows = (curves["algorithm"].nunique() + 1) / legend_columns
+    size = (width, 2.6 * len(show) + 0.4 + 0.2 * max(0, legend_rows - 2))
     figure, axes = plt.subplots(len(show), len(tasks), figsize=size, squeeze=False, sharex="col", layout="constrained")
     styles, lines = swept(sorted(set(curves["algorithm"]))), {}
     unit, unit_name = unit_of(curves["step"].max())
@@ -181,7 +185,7 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
         [lines[name] for name in order],
         [labels[name] for name in order],
         loc="outside lower center",
-        ncols=2 * len(tasks),
+        ncols=legend_columns,
         frameon=False,
         title=title,
     )

@@ -166,6 +166,21 @@ def test_the_table_of_fixed_temperatures_is_the_committed_runs():
         assert f"| {algorithm.removeprefix('SAC, alpha ')} | {' | '.join(cells)} |" in page
 
 
+def test_the_slides_studies_are_the_committed_runs():
+    summary = pd.read_csv(ROOT / "results/slides/settings/summary.csv").groupby("algorithm")
+    page = (ROOT / "docs/exercises.md").read_text()
+    assert len(summary) == 6
+    for algorithm, runs in summary:
+        columns = ("last 10%", ".0f"), ("argmax", ".0f"), ("entropy", ".1f")
+        cells = [", ".join(f"{x:{digits}}" for x in runs[column]) for column, digits in columns]
+        name = algorithm.removeprefix("SAC-V, ").replace("SAC-V", "reward_scale 5, tau 0.005, an update a step")
+        assert f"| {name} | {' | '.join(cells)} |" in page
+    curves = pd.read_csv(ROOT / "results/slides/policies/curves.csv")
+    gain = (curves["evaluation"] - curves["stochastic"])[curves["step"] >= 10_000]
+    assert (gain > 0).all()
+    assert f"by some {gain[curves['step'] > 40_000].mean():.0f} on\naverage" in page
+
+
 LANES = ("tuned", "fixed")
 
 
