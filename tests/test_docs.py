@@ -181,6 +181,20 @@ def test_the_slides_studies_are_the_committed_runs():
     assert f"by some {gain[curves['step'] > 40_000].mean():.0f} on\naverage" in page
 
 
+def test_the_table_of_what_annealing_does_is_the_committed_runs():
+    runs = pd.read_csv(ROOT / "results/annealing/summary.csv").groupby(["task", "algorithm"])["last 10%"]
+    page = (ROOT / "docs/results.md").read_text()
+    for task in ("Asterix-v1", "Breakout-v1", "Seaquest-v1"):
+        cells = [
+            ", ".join(f"{x:.2f}" for x in runs.get_group((task, name))) for name in ("SAC", "KLAC", "KLAC-a", "KLAC-b")
+        ]
+        assert f"| {task} | {' | '.join(cells)} |" in page
+    without = [
+        f"{runs.get_group((task, 'KLAC-a')).mean():.1f}" for task in ("Asterix-v1", "Breakout-v1", "Seaquest-v1")
+    ]
+    assert f"the returns are {without[0]}, {without[1]} and {without[2]}, not" in (ROOT / "README.md").read_text()
+
+
 LANES = ("tuned", "fixed")
 
 
