@@ -302,7 +302,7 @@ def train(args: Args) -> Path:
     n = int(env.action_space.n)
     p_start = (0.6 if n == 2 else 0.5) if args.p_start is None else args.p_start
     args = replace(args, p_start=p_start, anneal_timesteps=args.anneal_timesteps or args.total_timesteps)
-    for name in ("p_start", "p_end"):
+    for name in ("p_start", "p_end") if args.anneal else ():
         check_range(args, name, 1 / n, 1)
     removed = ("" if args.anneal else "a") + ("" if args.bias else "b")
     with Run(args, f"KLAC-{removed}" if removed else "KLAC", env) as run:
