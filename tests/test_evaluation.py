@@ -42,7 +42,7 @@ def test_evaluations_change_nothing_in_a_run(scalars, name):
 
 
 def test_the_best_actor_is_that_of_the_best_evaluation(scalars):
-    args = klac_discrete.Args(env_id="CartPole-v1", run_name="it", **EVERY | {"eval_episodes": 3})
+    args = klac_discrete.Args(env_id="CartPole-v1", run_name="it", beta=0.1, **EVERY | {"eval_episodes": 3})
     run_dir = klac_discrete.train(args)
     curves = {tag: dict(rows) for tag, rows in scalars(run_dir).items()}
     assert [list(curves[tag]) for tag in TAGS] == [[150, 300, 450, 600, 750, 800]] * 2
