@@ -7,9 +7,10 @@ one algorithm whose settings differ are told apart by what differs: "KLAC, p_sta
 
 import itertools
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import multimode
 from typing import Annotated, Literal
 
 import matplotlib
@@ -107,10 +108,9 @@ def tell_apart(runs: list[tuple[pd.DataFrame, dict, dict]]) -> None:
     common = defaultdict(dict)
     for algorithm, names in differing.items():
         for name in names if len(names) > 1 else ():
-            values = Counter(str(settings.get(name)) for _, row, settings in runs if row["algorithm"] == algorithm)
-            (first, most), (_, next_most) = values.most_common(2)
-            if most > next_most:
-                common[algorithm][name] = first
+            modes = multimode(str(settings.get(name)) for _, row, settings in runs if row["algorithm"] == algorithm)
+            if len(modes) == 1:
+                common[algorithm][name] = modes[0]
     for curves, summary, settings in runs:
         algorithm, values = summary["algorithm"], []
         for name in sorted(differing[algorithm]):

@@ -143,6 +143,11 @@ def test_the_exercises_tables_are_the_committed_results():
         assert [f"{taxi[algorithm, float(alpha)]:.2f}" for algorithm in ("SAC", "KLAC")] == cells
 
 
+def a_number_a_seed(runs, columns):
+    """The cells of {column: format} in a row of Markdown."""
+    return " | ".join(", ".join(f"{x:{digits}}" for x in runs[column]) for column, digits in columns.items())
+
+
 def test_the_pendulums_table_is_the_committed_runs():
     curves = pd.read_csv(ROOT / "results/exercises/pendulum/curves.csv").pivot(index="step", columns="seed")
     page = (ROOT / "docs/exercises.md").read_text()
@@ -161,9 +166,8 @@ def test_the_table_of_fixed_temperatures_is_the_committed_runs():
     page = (ROOT / "docs/exercises.md").read_text()
     assert len(summary) == 3
     for algorithm, runs in summary:
-        columns = ("last 10%", ".0f"), ("argmax", ".0f"), ("entropy", ".1f"), ("Q - return", ".0f")
-        cells = [", ".join(f"{x:{digits}}" for x in runs[column]) for column, digits in columns]
-        assert f"| {algorithm.removeprefix('SAC, alpha ')} | {' | '.join(cells)} |" in page
+        cells = a_number_a_seed(runs, {"last 10%": ".0f", "argmax": ".0f", "entropy": ".1f", "Q - return": ".0f"})
+        assert f"| {algorithm.removeprefix('SAC, alpha ')} | {cells} |" in page
 
 
 def test_the_slides_studies_are_the_committed_runs():
@@ -171,10 +175,9 @@ def test_the_slides_studies_are_the_committed_runs():
     page = (ROOT / "docs/exercises.md").read_text()
     assert len(summary) == 6
     for algorithm, runs in summary:
-        columns = ("last 10%", ".0f"), ("argmax", ".0f"), ("entropy", ".1f")
-        cells = [", ".join(f"{x:{digits}}" for x in runs[column]) for column, digits in columns]
+        cells = a_number_a_seed(runs, {"last 10%": ".0f", "argmax": ".0f", "entropy": ".1f"})
         name = algorithm.removeprefix("SAC-V, ").replace("SAC-V", "reward_scale 5, tau 0.005, an update a step")
-        assert f"| {name} | {' | '.join(cells)} |" in page
+        assert f"| {name} | {cells} |" in page
     curves = pd.read_csv(ROOT / "results/slides/policies/curves.csv")
     gain = (curves["evaluation"] - curves["stochastic"])[curves["step"] >= 10_000]
     assert (gain > 0).all()
