@@ -464,7 +464,7 @@ def check_flags(args: Args) -> None:
             rules.append((name, math.isfinite(value), "finite"))
         if name in ("policy_lr", "q_lr", "exploit_radius"):
             rules.append((name, value > 0, "positive"))
-        if name in ("target_entropy_scale", "p_start", "p_end") and value is not None:
+        if name == "target_entropy_scale":
             rules.append((name, 0 < value < 1, "in (0, 1)"))
         if name.endswith("_frequency") or (name in ("log_interval", "eval_interval") and value is not None):
             rules.append((name, value <= total or value == getattr(Args, name), f"at most --total-timesteps {total}"))
@@ -629,12 +629,14 @@ def load(saved: Path) -> dict | None:
     return None
 
 
-def save(state: dict, path: Path) -> None:
-    """Writes `state` to `path`, whole or not at all: then, on a full disk for instance, it raises OSError."""
+@contextmanager
+def replacing(path: Path):
+    """A file to write in, which takes the place of `path` whole or not at all: then, on a full disk for instance, this
+    raises OSError."""
     partial = path.with_name(f"partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -644,6 +646,11 @@ def save(state: dict, path: Path) -> None:
         while cause.__context__ is not None and not isinstance(cause, OSError):  # torch's own error hides the disk's
             cause = cause.__context__
         raise OSError(f"{path}: not written: {cause}") from error
+
+
+def save(state: dict, path: Path) -> None:
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 class Run:
@@ -770,10 +777,8 @@ class Run:
         self.began = time.perf_counter()
 
     def write_args(self) -> None:
-        """Writes args.json, whole or not at all."""
-        partial = self.folder / f"partial-{os.getpid()}"
-        partial.write_text(json.dumps(self.config | {"provenance": self.provenance}, indent=2) + "\n")
-        partial.replace(self.folder / "args.json")
+        with replacing(self.folder / "args.json") as file:
+            file.write((json.dumps(self.config | {"provenance": self.provenance}, indent=2) + "\n").encode())
 
     def start_wandb(self) -> None:
         import wandb
