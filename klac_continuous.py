@@ -286,22 +286,21 @@ def critic_gradients(batch: Batch, critics: Networks, *of_target):
     return gradients, log | {"losses/qf1_loss": errors[0], "losses/qf2_loss": errors[1]}
 
 
-def actor_loss(parameters: dict, batch: Batch, noise: torch.Tensor, actor: Actor, critics: Networks, log_vq, alpha):
-    """E_{a ~ pi}[alpha (log pi - log vq) - min_i Q_i] (Eq. 13; vq = vol q, 1 if q is uniform), log pi and the ratio."""
+def actor_loss(parameters: dict, batch: Batch, noise: torch.Tensor, actor: Actor, critics: Networks, log_q, alpha):
+    """E_{a ~ pi}[alpha (log pi - log q) - min_i Q_i] (Eq. 13), log pi, and log of its ratio to q, (B,) each."""
     mean, log_std = functional_call(actor, parameters, (batch.obs,))
     u = mean + log_std.exp() * noise
     log_pi = actor.log_prob(mean, log_std, u)
-    log_ratio = log_pi - log_vq(batch.obs, u)
+    log_ratio = log_pi - log_q(batch.obs, u)
     min_q = critics(batch.obs, actor.squash(u)).amin(0).squeeze(1)
     return (alpha * log_ratio - min_q).mean(), (log_pi, log_ratio)
 
 
-def actor_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, critics: Networks, log_q, log_vol: float, alpha):
+def actor_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, *rest):
     """The actor's gradients, by parameter, the KL that the temperature holds, and what is logged. Pure."""
-    arguments = batch, noise, actor, critics, lambda obs, u: log_q(obs, u) + log_vol, alpha
     differentiate = grad_and_value(actor_loss, has_aux=True)
-    gradients, (loss, (log_pi, log_ratio)) = differentiate(dict(actor.named_parameters()), *arguments)
-    kl = log_ratio.mean() + log_vol
+    gradients, (loss, (log_pi, log_ratio)) = differentiate(dict(actor.named_parameters()), batch, noise, actor, *rest)
+    kl = log_ratio.mean()
     return gradients, kl, {"losses/actor_loss": loss, "policy/kl": kl, "policy/entropy": -log_pi.mean()}
 
 
@@ -312,7 +311,8 @@ def train(args: Args) -> Path:
     env = make_env(args, args.capture_video)
     box, d, r = env.action_space, env.action_space.shape[0], args.exploit_radius
     target_entropy = -float(d) if args.target_entropy is None else args.target_entropy  # SAC's heuristic, in nats
-    args = replace(args, target_entropy=target_entropy, anneal_timesteps=args.anneal_timesteps or args.total_timesteps)
+    args = replace(args, target_entropy=target_entropy)
+    args = replace(args, anneal_timesteps=args.anneal_timesteps or args.total_timesteps)
     lowest, highest = entropy_range(box)
     for name in ("p_start", "p_end"):
         check_range(args, name, 0, (1 - 2**-52) ** d)  # beyond which p ** (1 / d) is 1
@@ -383,8 +383,7 @@ def train(args: Args) -> Path:
                 for _ in range(args.policy_frequency if global_step % args.policy_frequency == 0 else 0):
                     # Actor: towards the Boltzmann policy of the critics
                     noise = gaussian(rng, batch.actions)
-                    arguments = batch, noise, actor, critics, log_q, log_vol, alpha
-                    gradients, kl, actor_log = compute_actor_gradients(*arguments)
+                    gradients, kl, actor_log = compute_actor_gradients(batch, noise, actor, critics, log_q, alpha)
                     descend(actor_optimizer, actor, gradients)
                     log |= actor_log
 

@@ -293,22 +293,22 @@ def similarity(batch: Batch, noise: torch.Tensor, actor: Actor, target_critics: 
     return cosine(q[:2].amin(0), q[2:].amin(0), centred), cosine(q[0], q[1], centred)
 
 
-def actor_loss(parameters: dict, batch: Batch, noise: torch.Tensor, actor: Actor, critics, follow_plain, first, alpha):
-    """E_{a ~ pi}[alpha log pi - Q], with the plain Q where follow_plain, (B,), is True, and log pi, (B,)."""
+def actor_loss(parameters: dict, batch: Batch, noise, actor: Actor, critics, follow_plain, first, log_vol, alpha):
+    """E_{a ~ pi}[alpha log pi - Q], with the plain Q where follow_plain, (B,), is True; log pi, and log of its ratio to
+    the uniform policy, (B,) each."""
     mean, log_std = functional_call(actor, parameters, (batch.obs,))
     u = mean + log_std.exp() * noise
     log_pi = actor.log_prob(mean, log_std, u)  # (B,)
     twins = critics(batch.obs, actor.squash(u)).squeeze(2).view(2, 2, -1)
     q, plain_q = twins[:, 0] if first else twins.amin(1)
-    return (alpha * log_pi - torch.where(follow_plain, plain_q, q)).mean(), log_pi
+    return (alpha * log_pi - torch.where(follow_plain, plain_q, q)).mean(), (log_pi, log_pi + log_vol)
 
 
-def actor_gradients(batch: Batch, noise, actor: Actor, critics: Networks, follow_plain, first, log_vol: float, alpha):
+def actor_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, *rest):
     """The actor's gradients, by parameter, the KL that the temperature holds, and what is logged. Pure."""
-    arguments = batch, noise, actor, critics, follow_plain, first, alpha
     differentiate = grad_and_value(actor_loss, has_aux=True)
-    gradients, (loss, log_pi) = differentiate(dict(actor.named_parameters()), *arguments)
-    kl = log_pi.mean() + log_vol
+    gradients, (loss, (log_pi, log_ratio)) = differentiate(dict(actor.named_parameters()), batch, noise, actor, *rest)
+    kl = log_ratio.mean()
     return gradients, kl, {"losses/actor_loss": loss, "policy/kl": kl, "policy/entropy": -log_pi.mean()}
 
 

@@ -255,21 +255,20 @@ def critic_gradients(batch: Batch, critics: Networks, *of_target):
     return gradients, log | {"losses/qf1_loss": errors[0], "losses/qf2_loss": errors[1]}
 
 
-def actor_loss(parameters: dict, batch: Batch, noise: torch.Tensor, actor: Actor, critics: Networks, alpha):
-    """E_{a ~ pi}[alpha log pi - min_i Q_i], and log pi, (B,)."""
+def actor_loss(parameters: dict, batch: Batch, noise: torch.Tensor, actor: Actor, critics: Networks, log_vol, alpha):
+    """E_{a ~ pi}[alpha log pi - min_i Q_i], log pi, and log of its ratio to the uniform policy, (B,) each."""
     mean, log_std = functional_call(actor, parameters, (batch.obs,))
     u = mean + log_std.exp() * noise
     log_pi = actor.log_prob(mean, log_std, u)
     min_q = critics(batch.obs, actor.squash(u)).amin(0).squeeze(1)
-    return (alpha * log_pi - min_q).mean(), log_pi
+    return (alpha * log_pi - min_q).mean(), (log_pi, log_pi + log_vol)
 
 
-def actor_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, critics: Networks, log_vol: float, alpha):
+def actor_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, *rest):
     """The actor's gradients, by parameter, the KL that the temperature holds, and what is logged. Pure."""
-    arguments = batch, noise, actor, critics, alpha
     differentiate = grad_and_value(actor_loss, has_aux=True)
-    gradients, (loss, log_pi) = differentiate(dict(actor.named_parameters()), *arguments)
-    kl = log_pi.mean() + log_vol
+    gradients, (loss, (log_pi, log_ratio)) = differentiate(dict(actor.named_parameters()), batch, noise, actor, *rest)
+    kl = log_ratio.mean()
     return gradients, kl, {"losses/actor_loss": loss, "policy/kl": kl, "policy/entropy": -log_pi.mean()}
 
 
@@ -338,8 +337,7 @@ def train(args: Args) -> Path:
                 for _ in range(args.policy_frequency if global_step % args.policy_frequency == 0 else 0):
                     # Actor: towards the Boltzmann policy of the critics
                     noise = gaussian(rng, batch.actions)
-                    arguments = batch, noise, actor, critics, log_vol, alpha
-                    gradients, kl, actor_log = compute_actor_gradients(*arguments)
+                    gradients, kl, actor_log = compute_actor_gradients(batch, noise, actor, critics, log_vol, alpha)
                     descend(actor_optimizer, actor, gradients)
                     log |= actor_log
 

@@ -127,12 +127,12 @@ def test_the_actor_climbs_the_plain_critic_where_it_is_told_to(made):
     alpha, nowhere, parameters = torch.tensor(0.3), torch.zeros(16, dtype=torch.bool), dict(actor.named_parameters())
 
     def loss(mask, first=False):
-        return adaent.actor_loss(parameters, batch, noise, actor, critics, mask, first, alpha)
+        return adaent.actor_loss(parameters, batch, noise, actor, critics, mask, first, 0.5, alpha)
 
     for mask, pair in ((nowhere, twins(critics, 0)), (~nowhere, twins(critics, 2))):
-        expected, log_pi = sac_continuous.actor_loss(parameters, batch, noise, actor, pair, alpha)
+        expected, log_pis = sac_continuous.actor_loss(parameters, batch, noise, actor, pair, 0.5, alpha)
         assert torch.equal(loss(mask)[0], expected)
-        assert torch.equal(loss(mask)[1], log_pi)
+        assert all(torch.equal(*both) for both in zip(loss(mask)[1], log_pis, strict=True))
 
     half = torch.arange(16) < 8
     mean, log_std = actor(batch.obs)

@@ -128,8 +128,8 @@ def test_losses_and_gradients_stay_finite_at_the_bounds(module):
         actor.b3[0, 0, :2] = shift  # means far outside: |action| is at its bound to the last bit
         action, log_pi, _ = drawn(actor, batch.obs, noise)
         assert ((action.numpy() >= SPACE.low) & (action.numpy() <= SPACE.high)).all()
-        arguments = (lambda obs, u: -LOG_VOLUME, LOG_VOLUME) if module is klac else (LOG_VOLUME,)
-        gradients, _, log = module.actor_gradients(batch, noise, actor, critics, *arguments, torch.tensor(1.0))
+        constraint = (lambda obs, u: -LOG_VOLUME) if module is klac else LOG_VOLUME
+        gradients, _, log = module.actor_gradients(batch, noise, actor, critics, constraint, torch.tensor(1.0))
         assert torch.isfinite(log_pi).all()
         assert math.isfinite(log["losses/actor_loss"])
         assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
@@ -261,10 +261,10 @@ def test_actor_gradients_are_those_of_a_float64_reference(module, reference, see
     x = torch.cat([obs, action], 1)
     min_q = torch.minimum(q_by_hand(critics, 0, x), q_by_hand(critics, 1, x))
     log_ratio = log_pi - log_q_by_hand(obs, u)
-    loss = (alpha.double() * (log_ratio - LOG_VOLUME) - min_q).mean()
+    loss = (alpha.double() * (log_ratio if module is klac else log_pi) - min_q).mean()
     loss.backward()
-    arguments = (log_q, LOG_VOLUME) if module is klac else (LOG_VOLUME,)
-    gradients, kl, log = module.actor_gradients(batch, noise, actor, critics, *arguments, alpha)
+    constraint = log_q if module is klac else LOG_VOLUME
+    gradients, kl, log = module.actor_gradients(batch, noise, actor, critics, constraint, alpha)
     close_gradients(gradients, parameters)
     assert kl.item() == pytest.approx(log_ratio.mean().item(), rel=1e-5)
     assert log["policy/kl"].item() == kl.item()
@@ -290,8 +290,8 @@ def test_actor_losses_are_means_of_the_plain_formula():
     loss, (log_pi, log_ratio) = klac.actor_loss(*arguments, lambda obs, u: 5 * u[:, 0], alpha)
     assert (log_pi.tolist(), log_ratio.tolist()) == ([1, 2], pytest.approx([1 - 0.5, 2 - 1.0]))
     assert loss.item() == pytest.approx(((0.2 * (1 - 0.5) - 3) + (0.2 * (2 - 1) - 1)) / 2)
-    loss, log_pi = sac.actor_loss(*arguments, alpha)
-    assert log_pi.tolist() == [1, 2]
+    loss, (log_pi, log_ratio) = sac.actor_loss(*arguments, 0.5, alpha)
+    assert (log_pi.tolist(), log_ratio.tolist()) == ([1, 2], [1.5, 2.5])
     assert loss.item() == pytest.approx(((0.2 - 3) + (0.4 - 1)) / 2)
 
 
