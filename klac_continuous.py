@@ -228,8 +228,8 @@ def log_volume(box: gym.spaces.Box) -> float:
 
 
 def entropy_range(box: gym.spaces.Box) -> tuple[float, float]:
-    """The entropies, in nats, that tanh-Gaussians in the box reach, from log_std -5 at the centre to 0.0096 a dimension
-    below the uniform policy's. A target beyond them would send alpha to 0 or to infinity."""
+    """Entropies, in nats, that tanh-Gaussians in the box reach: from log_std -5 to 0.0096 a dimension below uniform.
+    A target beyond them would send alpha to 0 or to infinity."""
     d = len(box.low)
     narrowest = 0.5 * math.log(2 * math.pi * math.e) - 5 - math.log(2)
     return log_volume(box) + narrowest * d, log_volume(box) - 0.0096 * d
@@ -237,24 +237,21 @@ def entropy_range(box: gym.spaces.Box) -> tuple[float, float]:
 
 def exploit_entropy(p: float, r: float, d: int) -> float:
     """H*(p, r, d) in nats: the entropy of the Gaussian within r of its mean in all d dimensions with probability p."""
-    sigma = r / (math.sqrt(2) * torch.tensor(p ** (1 / d), dtype=torch.float64).erfinv().item())  # line 19
-    return d / 2 * (1 + math.log(2 * math.pi)) + d * math.log(sigma)
+    sigma = r / (math.sqrt(2) * torch.tensor(p ** (1 / d), dtype=torch.float64).erfinv())  # line 19
+    return d / 2 * (1 + math.log(2 * math.pi)) + d * sigma.log().item()
 
 
 def exploit_probability(actor: Actor, obs: torch.Tensor, r: float) -> torch.Tensor:
     """The mean over the observations of the probability of an action within r of the mean's in every dimension: that of
     the Gaussian between the ends of the region, before tanh."""
     mean, log_std = [x.double() for x in actor(obs)]
-    width = r / actor.scale
-    low = torch.atanh((torch.tanh(mean) - width).clamp(min=-1))
-    high = torch.atanh((torch.tanh(mean) + width).clamp(max=1))
-    normal = torch.distributions.Normal(mean, log_std.exp())
+    normal, width = torch.distributions.Normal(mean, log_std.exp()), r / actor.scale
+    low, high = [torch.atanh((torch.tanh(mean) + side).clamp(-1, 1)) for side in (-width, width)]
     return (normal.cdf(high) - normal.cdf(low)).prod(1).mean()
 
 
 def make_log_q(args: Args, env: gym.Env, device: torch.device):
-    """The reference policy, a function from observations (B, obs_dim) and points u before tanh (B, d) to log q(a|s) of
-    a = squash(u), in action units, (B,) or broadcast to it: replace it."""
+    """The reference policy: a function from observations and points u before tanh to log q(squash(u)|s), (B,)."""
     if args.reference is None:
         log_vol = log_volume(env.action_space)
         return lambda obs, u: -log_vol
@@ -311,11 +308,8 @@ def train(args: Args) -> Path:
     env = make_env(args, args.capture_video)
     box, d, r = env.action_space, env.action_space.shape[0], args.exploit_radius
     target_entropy = -float(d) if args.target_entropy is None else args.target_entropy  # SAC's heuristic, in nats
-    args = replace(args, target_entropy=target_entropy)
-    args = replace(args, anneal_timesteps=args.anneal_timesteps or args.total_timesteps)
+    args = replace(args, target_entropy=target_entropy, anneal_timesteps=args.anneal_timesteps or args.total_timesteps)
     lowest, highest = entropy_range(box)
-    for name in ("p_start", "p_end"):
-        check_range(args, name, 0, (1 - 2**-52) ** d)  # beyond which p ** (1 / d) is 1
     if args.autotune and args.anneal:
         entropies = [exploit_entropy(p, 1.0, d) for p in (args.p_start, args.p_end)]  # r adds d log r
         least, most = math.exp((lowest - min(entropies)) / d), math.exp((highest - max(entropies)) / d)
@@ -486,7 +480,7 @@ def check_flags(args: Args) -> None:
             rules.append((name, math.isfinite(value), "finite"))
         if name in ("policy_lr", "q_lr", "exploit_radius"):
             rules.append((name, value > 0, "positive"))
-        if name == "target_entropy_scale":
+        if name in ("target_entropy_scale", "p_start", "p_end") and value is not None:
             rules.append((name, 0 < value < 1, "in (0, 1)"))
         if name.endswith("_frequency") or (name in ("log_interval", "eval_interval") and value is not None):
             rules.append((name, value <= total or value == getattr(Args, name), f"at most --total-timesteps {total}"))

@@ -214,10 +214,8 @@ def exploit_probability(actor: Actor, obs: torch.Tensor, r: float) -> torch.Tens
     """The mean over the observations of the probability of an action within r of the mean's in every dimension: that of
     the Gaussian between the ends of the region, before tanh."""
     mean, log_std = [x.double() for x in actor(obs)]
-    width = r / actor.scale
-    low = torch.atanh((torch.tanh(mean) - width).clamp(min=-1))
-    high = torch.atanh((torch.tanh(mean) + width).clamp(max=1))
-    normal = torch.distributions.Normal(mean, log_std.exp())
+    normal, width = torch.distributions.Normal(mean, log_std.exp()), r / actor.scale
+    low, high = [torch.atanh((torch.tanh(mean) + side).clamp(-1, 1)) for side in (-width, width)]
     return (normal.cdf(high) - normal.cdf(low)).prod(1).mean()
 
 
@@ -442,7 +440,7 @@ def check_flags(args: Args) -> None:
             rules.append((name, math.isfinite(value), "finite"))
         if name in ("policy_lr", "q_lr", "exploit_radius"):
             rules.append((name, value > 0, "positive"))
-        if name == "target_entropy_scale":
+        if name in ("target_entropy_scale", "p_start", "p_end") and value is not None:
             rules.append((name, 0 < value < 1, "in (0, 1)"))
         if name.endswith("_frequency") or (name in ("log_interval", "eval_interval") and value is not None):
             rules.append((name, value <= total or value == getattr(Args, name), f"at most --total-timesteps {total}"))

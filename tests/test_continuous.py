@@ -672,7 +672,8 @@ def test_where_no_radius_works_p_must_come_closer_together():
 
 
 def test_a_probability_whose_root_is_one_is_refused():
-    assert accepted(klac, env_id="Hopper-v5", p_end=1 - 2**-53).startswith("--p-end 0.9999999999999999: must be in (")
+    message = accepted(klac, env_id="Hopper-v5", p_end=1 - 2**-53)
+    assert message.startswith("--exploit-radius 0.25: must be another: none is valid here")
 
 
 def test_where_no_radius_works_none_is_suggested():
