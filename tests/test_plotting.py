@@ -506,7 +506,7 @@ def test_a_smoothed_curve_has_no_point_without_a_whole_window_of_data():
 
 
 def test_runs_too_short_for_a_curve_are_in_the_table(capsys):
-    shutil.copytree(ROOT / "results/figures", "out")
+    shutil.copytree(ROOT / "results/prefix/figures", "out")
     curves = pd.read_csv("out/curves.csv")
     end = curves.groupby("task")["step"].transform("max")
     curves[curves["step"] > 0.98 * end].to_csv("out/curves.csv", index=False)
@@ -515,7 +515,7 @@ def test_runs_too_short_for_a_curve_are_in_the_table(capsys):
     figures.main(figures.Args(redraw=True, out=Path("out"), only=(1, 3)))
     assert "figure 3: runs too short for 9 points in a row\n" in capsys.readouterr().out
     assert not list(Path("out").glob("figure3.*"))
-    assert (Path("out") / "table.md").read_text() == (ROOT / "results/figures/table.md").read_text()
+    assert (Path("out") / "table.md").read_text() == (ROOT / "results/prefix/figures/table.md").read_text()
 
 
 def test_runs_are_added_to_the_tables_of_earlier_ones(campaign):
@@ -615,27 +615,33 @@ def test_five_hundred_runs_of_three_million_steps_are_read_in_time():
         assert sum(cpu) < 2 * limit
 
 
-def test_the_committed_figures_follow_from_the_committed_tables():
-    source = ROOT / "results/figures"
+COMMITTED = [
+    ("results/figures", figures.MINATAR, (2, 3, 4, 5, 7)),
+    ("results/prefix/figures", figures.MUJOCO + figures.MINATAR, tuple(figures.FIGURES)),
+]
+
+
+@pytest.mark.parametrize(("folder", "tasks", "numbers"), COMMITTED)
+def test_the_committed_figures_follow_from_the_committed_tables(folder, tasks, numbers):
+    source = ROOT / folder
     Path("again").mkdir()
     for name in ("summary.csv", "curves.csv"):
         shutil.copy(source / name, "again")
     figures.main(figures.Args(out=Path("again"), redraw=True))
-    names = ["table.md", "table.csv", *(f"figure{number}.csv" for number in range(1, 8))]
-    for name in names:
+    for name in ["table.md", "table.csv", *(f"figure{number}.csv" for number in numbers)]:
         assert (Path("again") / name).read_text() == (source / name).read_text(), name
-    for number in range(1, 8):
-        assert (source / f"figure{number}.png").stat().st_size > 5000
-        assert (source / f"figure{number}.pdf").stat().st_size > 5000
+    assert {path.name for path in source.glob("*.png")} == {f"figure{number}.png" for number in numbers}
+    assert all(path.stat().st_size > 5000 for path in (*source.glob("*.png"), *source.glob("*.pdf")))
     summary = pd.read_csv(source / "summary.csv")
-    assert set(summary["task"]) == {*figures.MUJOCO, *figures.MINATAR}
+    assert set(summary["task"]) == set(tasks)
     assert len((source / "commands.txt").read_text().splitlines()) == len(summary)
 
 
-def test_the_committed_figures_name_their_bands_and_scales_and_have_their_legends_outside_the_axes():
-    tables = [pd.read_csv(ROOT / "results/figures" / name) for name in ("summary.csv", "curves.csv")]
-    for number, draw in figures.FIGURES.items():
-        figure, _ = draw(*tables)
+@pytest.mark.parametrize(("folder", "numbers"), [(folder, numbers) for folder, _, numbers in COMMITTED])
+def test_the_committed_figures_name_their_bands_and_scales_and_have_their_legends_outside_the_axes(folder, numbers):
+    tables = [pd.read_csv(ROOT / folder / name) for name in ("summary.csv", "curves.csv")]
+    for number in numbers:
+        figure, _ = figures.FIGURES[number](*tables)
         figure.canvas.draw()
         panels = [axis for axis in figure.axes if axis.axison]
         legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if not axis.axison)]
