@@ -650,7 +650,7 @@ def test_the_committed_figures_name_their_bands_and_scales_and_have_their_legend
         assert ("standard deviation" if number == 5 else "95% interval") in " ".join(said).replace("\n", " ")
         for axis in panels:
             if axis.get_yscale() == "symlog":
-                assert axis.get_ylabel().endswith("(symlog)")
+                assert axis.get_label().endswith("(symlog)")  # shown where it differs from the panel to the left
             assert axis.has_data()
         figures.plt.close(figure)
 
