@@ -222,7 +222,7 @@ def pictures(monkeypatch, folder, show):
 
 
 def test_a_figure_says_what_a_point_is_and_names_the_scales(monkeypatch):
-    figure = pictures(monkeypatch, "sac_vs_klac", ("return", "q", "alpha"))
+    figure = pictures(monkeypatch, "prefix/sac_vs_klac", ("return", "q", "alpha"))
     (legend,) = figure.legends
     assert legend.get_title().get_text() == (
         "a point: the mean over 10,000 steps; thin: a seed; thick: the mean of the seeds"
@@ -239,11 +239,11 @@ def test_a_figure_says_what_a_point_is_and_names_the_scales(monkeypatch):
         assert axis.get_legend() is None
     mixed = pictures(monkeypatch, "beta", ("return",)).legends[0]  # two seeds on some tasks, one on others
     assert mixed.get_title().get_text().endswith("; thin: a seed; thick: the mean of the seeds")
-    single = pictures(monkeypatch, "checks/breakout_v0", ("return",)).legends[0]
+    single = pictures(monkeypatch, "prefix/checks/breakout_v0", ("return",)).legends[0]
     assert single.get_title().get_text() == "a point: the mean over 5,000 steps"  # one seed has no thin line
 
 
-@pytest.mark.parametrize("folder", ["reference/minatar", "reference/halfcheetah", "beta", "beta_sweep"])
+@pytest.mark.parametrize("folder", ["reference/minatar", "reference/halfcheetah", "beta", "prefix/beta_sweep"])
 def test_a_colour_means_one_thing(monkeypatch, folder):
     figure = pictures(monkeypatch, folder, ("return", "kl") if "reference" in folder else ("return",))
     (legend,) = figure.legends
