@@ -237,8 +237,8 @@ def entropy_range(box: gym.spaces.Box) -> tuple[float, float]:
 
 def exploit_entropy(p: float, r: float, d: int) -> float:
     """H*(p, r, d) in nats: the entropy of the Gaussian within r of its mean in all d dimensions with probability p."""
-    sigma = r / (math.sqrt(2) * torch.tensor(p ** (1 / d), dtype=torch.float64).erfinv())  # line 19
-    return d / 2 * (1 + math.log(2 * math.pi)) + d * sigma.log().item()
+    sigma = r / (math.sqrt(2) * torch.tensor(p ** (1 / d), dtype=torch.float64).erfinv().item())  # line 19
+    return d / 2 * (1 + math.log(2 * math.pi)) + d * math.log(sigma)
 
 
 def exploit_probability(actor: Actor, obs: torch.Tensor, r: float) -> torch.Tensor:
@@ -310,6 +310,8 @@ def train(args: Args) -> Path:
     target_entropy = -float(d) if args.target_entropy is None else args.target_entropy  # SAC's heuristic, in nats
     args = replace(args, target_entropy=target_entropy, anneal_timesteps=args.anneal_timesteps or args.total_timesteps)
     lowest, highest = entropy_range(box)
+    for name in ("p_start", "p_end"):
+        check_range(args, name, 0, (1 - 2**-52) ** d)  # beyond which p ** (1 / d) is 1
     if args.autotune and args.anneal:
         entropies = [exploit_entropy(p, 1.0, d) for p in (args.p_start, args.p_end)]  # r adds d log r
         least, most = math.exp((lowest - min(entropies)) / d), math.exp((highest - max(entropies)) / d)
@@ -480,7 +482,7 @@ def check_flags(args: Args) -> None:
             rules.append((name, math.isfinite(value), "finite"))
         if name in ("policy_lr", "q_lr", "exploit_radius"):
             rules.append((name, value > 0, "positive"))
-        if name in ("target_entropy_scale", "p_start", "p_end") and value is not None:
+        if name == "target_entropy_scale":
             rules.append((name, 0 < value < 1, "in (0, 1)"))
         if name.endswith("_frequency") or (name in ("log_interval", "eval_interval") and value is not None):
             rules.append((name, value <= total or value == getattr(Args, name), f"at most --total-timesteps {total}"))

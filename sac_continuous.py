@@ -438,7 +438,7 @@ def check_flags(args: Args) -> None:
             rules.append((name, math.isfinite(value), "finite"))
         if name in ("policy_lr", "q_lr", "exploit_radius"):
             rules.append((name, value > 0, "positive"))
-        if name in ("target_entropy_scale", "p_start", "p_end") and value is not None:
+        if name == "target_entropy_scale":
             rules.append((name, 0 < value < 1, "in (0, 1)"))
         if name.endswith("_frequency") or (name in ("log_interval", "eval_interval") and value is not None):
             rules.append((name, value <= total or value == getattr(Args, name), f"at most --total-timesteps {total}"))

@@ -196,19 +196,20 @@ def test_the_tables_of_the_five_games_are_the_committed_runs():
         groups = [runs.get_group((task, name)).sort_values("seed") for name in variants]
         means = " | ".join(f"{group['last_return'].mean():.1f}" for group in groups)
         assert re.search(rf"^\| {task} \| [\d.]+ \| {re.escape(means)} \| [\d.]* ?\|$", readme, re.M)
-        table = page.partition(f"| {task} (random")[2]
-        for line, (name, (column, digits)) in zip(table.splitlines(), rows.items(), strict=False):
-            cells = [", ".join(f"{x:{digits}}" for x in group[column]) for group in groups]
+        table = page.partition(f"| {task} (random")[2].splitlines()
+        for line, (name, (column, digits)) in zip(table[: len(rows)], rows.items(), strict=True):
+            cells = [a_number_a_seed(group, {column: digits}) for group in groups]
             assert line.endswith(f"| {name} | {' | '.join(cells)} |")
-    for name, column in (("ten best episodes", "score"), ("return", "last_return")):
-        scores, _ = normalise(summary.assign(score=summary[column]))
-        for variant in variants[1:]:
-            cells = []
+    scores = [normalise(summary.assign(score=summary[column]))[0] for column in ("score", "last_return")]
+    for variant in variants[1:]:
+        lines = [f"| {variant} | ten best episodes |", "| | return |"]
+        for i, of_variant in enumerate(of_task[variant].values() for of_task in scores):
+            samples = list(of_variant)
             for statistic in AGGREGATES.values():
-                low, high = interval(list(scores[variant].values()), statistic)
+                low, high = interval(samples, statistic)
                 known = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""  # a task with one run has none
-                cells.append(f"{statistic(*scores[variant].values()):.2f}{known}")
-            assert f"| {name} | {' | '.join(cells)} |" in page
+                lines[i] += f" {statistic(*samples):.2f}{known} |"
+        assert "\n".join(lines) in page
 
 
 LANES = ("tuned", "fixed")
