@@ -160,8 +160,11 @@ def old_scripts(revision: str) -> tempfile.TemporaryDirectory:
     return folder
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    with path.open("w", newline="") as file:
+def write(out: Path | None, name: str, rows: list[dict]) -> None:
+    """Writes what a table holds so far: a measurement that is stopped keeps what it has found."""
+    if out is None:
+        return
+    with (out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -248,6 +251,11 @@ def main() -> None:
         for name in CONTESTANTS[task]:
             if name not in PEERS and not importlib.util.find_spec(name):
                 parser.error(f"{name}.py: must be in the current folder")
+    if args.out:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out {args.out}: must be a writable folder: {error}")
     if args.against:
         folder = old_scripts(args.against)
         os.environ["PYTHONPATH"] = folder.name  # of the contestants, too
@@ -256,30 +264,30 @@ def main() -> None:
         if not importlib.util.find_spec(peer):
             print(f"{peer} is not installed and left out: pip install -e '.[benchmark]'")
 
-    tables = {"rates": [], "split": [], "memory": []}
     if "rates" in args.only:
+        rates = []
         settings = [(cores[:1], 1), *([(cores[:2], 1), (cores[:2], 2)] if len(cores) > 1 else [])]
         for env_id in args.tasks:
             for used, processes in settings:
-                tables["rates"] += measure(env_id, used, processes, args)
+                rates += measure(env_id, used, processes, args)
+                write(args.out, "rates", rates)
         for threads in range(1, min(2, len(cores)) + 1):
             rate = 1 / floor(threads)
             print(f"floor: 17 products, {threads} threads: {rate:.0f} a second")
             row = {"task": "floor", "contestant": "BLAS", "setting": f"1x{threads}", "steps_per_second": rate}
-            tables["rates"].append(row)
+            rates.append(row)
+            write(args.out, "rates", rates)
     own = [(env_id, name) for env_id in args.tasks for name in CONTESTANTS[env_id] if name not in PEERS]
     if "split" in args.only:
-        tables["split"] = [row for env_id, name in own for row in split(env_id, name, cores[0], args)]
+        splits = []
+        for env_id, name in own:
+            splits += split(env_id, name, cores[0], args)
+            write(args.out, "split", splits)
     if "memory" in args.only:
-        full = {"HalfCheetah-v5": "Humanoid-v5"}
-        tables["memory"] = [
-            row for env_id, name in own for row in memory(full.get(env_id, env_id), name, cores[0], args)
-        ]
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name, rows in tables.items():
-            if rows:
-                write(args.out / f"{name}.csv", rows)
+        full, peaks = {"HalfCheetah-v5": "Humanoid-v5"}, []
+        for env_id, name in own:
+            peaks += memory(full.get(env_id, env_id), name, cores[0], args)
+            write(args.out, "memory", peaks)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,18 @@ def test_another_revision_s_scripts_run_beside_these(monkeypatch):
         throughput.old_scripts("nonsense")
 
 
+def test_a_measurement_that_is_stopped_keeps_what_it_has_found(tmp_path, monkeypatch):
+    found = iter([[{"task": "Seaquest-v1", "steps_per_second": 1.0}]])
+    monkeypatch.setattr(throughput, "measure", lambda *_: next(found))
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--only", "rates", "--out", str(tmp_path / "a/b")])
+    with pytest.raises(StopIteration):
+        throughput.main()
+    assert (tmp_path / "a/b/rates.csv").read_text() == "task,steps_per_second\nSeaquest-v1,1.0\n"
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--out", str(tmp_path / "a/b/rates.csv")])
+    with pytest.raises(SystemExit, match="2"):
+        throughput.main()
+
+
 @pytest.mark.slow
 def test_throughput_writes_its_tables(tmp_path):
     command = [
@@ -110,3 +122,9 @@ def test_the_committed_tables_are_what_the_documentation_says():
     for (task, contestant), rate in rates.items():
         if task != "floor" and "_37b34a3" not in contestant:
             assert f"| {names.get(contestant, f'`{contestant}.py`')} | {rate:.0f} |" in page
+    zen3 = pd.read_csv(ROOT / "results/throughput_zen3/rates.csv").set_index("contestant")["steps_per_second"]
+    for script in ("sac_continuous", "klac_continuous", "sac_discrete", "klac_discrete"):
+        peers = ["stable_baselines3", "sbx", None] if "continuous" in script else [None, None, throughput.PEERS[2]]
+        ratios = [f"{zen3[script] / zen3[peer]:.2f}" if peer else "" for peer in [f"{script}_37b34a3", *peers]]
+        row = f"| `{script}.py` | {zen3[script]:.0f} | {' | '.join(ratios)} |"
+        assert row.replace("  ", " ") in page
