@@ -230,9 +230,8 @@ def log_volume(box: gym.spaces.Box) -> float:
 def entropy_range(box: gym.spaces.Box) -> tuple[float, float]:
     """Entropies, in nats, that tanh-Gaussians in the box reach: from log_std -5 to 0.0096 a dimension below uniform.
     A target beyond them would send alpha to 0 or to infinity."""
-    d = len(box.low)
     narrowest = 0.5 * math.log(2 * math.pi * math.e) - 5 - math.log(2)
-    return log_volume(box) + narrowest * d, log_volume(box) - 0.0096 * d
+    return log_volume(box) + narrowest * len(box.low), log_volume(box) - 0.0096 * len(box.low)
 
 
 def exploit_entropy(p: float, r: float, d: int) -> float:
@@ -242,11 +241,10 @@ def exploit_entropy(p: float, r: float, d: int) -> float:
 
 
 def exploit_probability(actor: Actor, obs: torch.Tensor, r: float) -> torch.Tensor:
-    """The mean over the observations of the probability of an action within r of the mean's in every dimension: that of
-    the Gaussian between the ends of the region, before tanh."""
+    """Mean over the observations of the probability of an action within r of the mean's in every dimension."""
     mean, log_std = [x.double() for x in actor(obs)]
     normal, width = torch.distributions.Normal(mean, log_std.exp()), r / actor.scale
-    low, high = [torch.atanh((torch.tanh(mean) + side).clamp(-1, 1)) for side in (-width, width)]
+    low, high = [torch.atanh((torch.tanh(mean) + side).clamp(-1, 1)) for side in (-width, width)]  # before tanh
     return (normal.cdf(high) - normal.cdf(low)).prod(1).mean()
 
 

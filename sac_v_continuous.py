@@ -211,11 +211,10 @@ def log_volume(box: gym.spaces.Box) -> float:
 
 
 def exploit_probability(actor: Actor, obs: torch.Tensor, r: float) -> torch.Tensor:
-    """The mean over the observations of the probability of an action within r of the mean's in every dimension: that of
-    the Gaussian between the ends of the region, before tanh."""
+    """Mean over the observations of the probability of an action within r of the mean's in every dimension."""
     mean, log_std = [x.double() for x in actor(obs)]
     normal, width = torch.distributions.Normal(mean, log_std.exp()), r / actor.scale
-    low, high = [torch.atanh((torch.tanh(mean) + side).clamp(-1, 1)) for side in (-width, width)]
+    low, high = [torch.atanh((torch.tanh(mean) + side).clamp(-1, 1)) for side in (-width, width)]  # before tanh
     return (normal.cdf(high) - normal.cdf(low)).prod(1).mean()
 
 

@@ -60,9 +60,10 @@ def test_what_follows_the_algorithm_is_the_same_word_for_word_in_every_script():
 
 @pytest.mark.parametrize("module", [*SCRIPTS[:4], sac_v_continuous], ids=lambda module: module.__name__)
 def test_the_algorithm_is_at_most_400_lines(module):
-    lines = len(halves(module)[0].rstrip().splitlines())
+    """From the docstring, which the inline metadata precede, to the end of train."""
+    lines = len(halves(module)[0].partition("\n# ///\n")[2].rstrip().splitlines())
     print(f"{module.__name__}.py: {lines} lines")
-    assert lines <= (425 if module is klac_continuous else 400)  # it has a density and an action box to explain
+    assert 300 < lines <= 400
 
 
 def test_shared_blocks_are_identical():
