@@ -433,17 +433,14 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import zipfile
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, field, fields, make_dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from typing import Annotated
@@ -483,11 +480,13 @@ def refusing(message: str):
 
 def check_flags(args: Args) -> None:
     """Raises UsageError on the first flag that cannot work on any task."""
-    total, names = args.total_timesteps, (Path(args.exp_name), Path(args.run_name or "runs"))
-    rules = [("total_timesteps", 0 < total < 2**62, "positive and below 2**62")]
+    total, rules = args.total_timesteps, []
     for name, value in asdict(args).items():
-        if type(value) is int and name not in ("seed", "learning_starts"):
+        whole = Args.__annotations__[name] in (int, int | None) and value is not None
+        if whole and name not in ("seed", "learning_starts"):
             rules.append((name, 0 < value < 2**62, "positive and below 2**62"))
+        if name in ("exp_name", "run_name") and value is not None:
+            rules.append((name, value == os.path.basename(os.path.abspath(value)), "a plain folder name"))
         if type(value) is float:
             rules.append((name, math.isfinite(value), "finite"))
         if name in ("policy_lr", "q_lr", "exploit_radius"):
@@ -504,8 +503,6 @@ def check_flags(args: Args) -> None:
         ("alpha", not args.autotune or args.alpha == Args.alpha, "given with --no-autotune: otherwise it is learned"),
         ("batch_size", args.batch_size <= args.buffer_size, f"at most --buffer-size {args.buffer_size}"),
         ("learning_starts", 0 <= args.learning_starts < total, f"at least 0 and below --total-timesteps {total}"),
-        ("exp_name", args.exp_name == names[0].resolve().name, "a plain folder name"),
-        ("run_name", args.run_name in (None, names[1].resolve().name), "a plain folder name"),
     ]
     for name, valid, expected in rules:
         require(valid, f"--{name.replace('_', '-')} {getattr(args, name)}: must be {expected}")
@@ -555,15 +552,9 @@ class Checked(gym.Wrapper):
             inside = ((self.space.low - slack <= obs) & (obs <= self.space.high + slack)).all()
             require(inside, f"{self.observes} {obs.min()} to {obs.max()}, its space is {self.space}")
 
-    def array(self, value, what: str) -> np.ndarray:
-        """np.asarray. Raises UsageError where NumPy or torch cannot."""
-        try:
-            return np.asarray(value)
-        except Exception as error:  # it is ragged, or torch's and on a GPU
-            raise UsageError(f"{what} is no array of numbers: {error!s:.200}") from error
-
     def convert(self, obs) -> np.ndarray:
-        given = self.array(obs, f"--env-id {self.name}: the observation")
+        with refusing(f"--env-id {self.name}: the observation is no array of numbers"):  # ragged, or torch's on a GPU
+            given = np.asarray(obs)
         castable = given.dtype.kind in ("buif" if self.dtype.kind == "f" else "bui")
         if not castable or given.shape != self.space.shape:
             raise UsageError(f"{self.observes} {given.dtype} {given.shape}, its space is {self.space}")
@@ -585,10 +576,10 @@ class Checked(gym.Wrapper):
         else:
             sent = action + int(self.action_space.start)
         obs, reward, terminated, truncated, info = self.env.step(sent)
-        given = self.array(reward, f"--env-id {self.name}: the reward")
-        valid = given.size == 1 and given.dtype.kind in "buif"
-        require(valid, f"--env-id {self.name}: the reward must be one number, not {reward!r:.100}")
-        reward = float(given.item())
+        try:
+            reward = float(np.asarray(reward).item())
+        except Exception as error:
+            raise UsageError(f"--env-id {self.name}: the reward must be one number, not {reward!r:.100}") from error
         if not abs(reward) <= torch.finfo(torch.float32).max:
             raise NotFinite(f"the environment's reward is {reward}")
         return self.convert(obs), reward, bool(terminated), bool(truncated), info
@@ -602,7 +593,7 @@ def env_kwargs(args: Args) -> dict:
         require(key.isidentifier() and value, f"--env-kwargs {pair}: must be key=value")
         try:
             kwargs[key] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             kwargs[key] = value
     return kwargs
 
@@ -646,9 +637,8 @@ def load(saved: Path) -> dict | None:
     A file from a stranger can run no code. Raises UsageError if it is damaged."""
     for path in [saved] if saved.is_file() else [saved / "actor.pt", saved / "checkpoint.pt"]:
         if path.exists():
-            with refusing(f"{path}: damaged; without it the run starts afresh"):
-                with zipfile.ZipFile(path) as archive:
-                    bad = archive.testzip()  # torch does not look at the checksums
+            with refusing(f"{path}: damaged; without it the run starts afresh"), zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()  # torch does not look at the checksums
                 require(bad is None, f"the checksum of {bad} is wrong")
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 _ = state["args"]["env_id"], state["actor"]  # what every saved run has
@@ -681,6 +671,13 @@ def save(state: dict, path: Path) -> None:
         torch.save(state, file)
 
 
+def require_finite(state: dict) -> None:
+    """Raises NotFinite if a weight is not."""
+    for name in ("actor", "critics"):
+        if not all(weights.isfinite().all() for weights in state[name].values()):
+            raise NotFinite(f"a weight of the {name} is not finite")
+
+
 class Run:
     """A run's folder: its name, its lock, what was saved there, its log, and the signals that ask the run to stop."""
 
@@ -693,7 +690,7 @@ class Run:
         name = earlier[-1] if args.resume and earlier else f"{prefix}{time.time_ns() // 1000}"
         self.folder, self.state = Path("runs", args.run_name or name), None
         self.lock, self.csv, self.writer, self.wandb, self.bar, self.handlers = None, None, None, None, None, {}
-        self.step, self.saved_step, self.hours, self.csv_size, self.best_return = 0, 0, 0.0, 0, -math.inf
+        self.step, self.saved_step, self.hours, self.best_return = 0, 0, 0.0, -math.inf
         self.stopped_by, self.pending, self.first_update, self.returns = None, b"", None, deque(maxlen=20)
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         try:
@@ -711,23 +708,29 @@ class Run:
         if args.resume and os.path.isdir(self.folder):
             self.own()
             self.state = load(self.folder)
-            began = self.state["args"] if self.state else read_json(self.folder / "args.json")
-        compiled = args.compile and began.get("compile", True) and compile_works(self.device)
-        self.args = replace(args, compile=compiled)
+            with suppress(OSError, ValueError):  # it was killed before the file was whole
+                began = json.loads((self.folder / "args.json").read_text())
+            if self.state:
+                began = self.state["args"]
+        self.finished = self.state is not None and "step" not in self.state
+        self.args = replace(args, compile=args.compile and began.get("compile", True))
+        if self.args.compile and not self.finished:
+            try:  # it needs a C++ compiler where there is no GPU
+                torch.compile(torch.sin)(torch.zeros(8, device=self.device))
+            except Exception as error:  # torch raises many
+                self.args.compile = False
+                print(f"not compiled, and slower: {' '.join(str(error).split()):.150}", file=sys.stderr, flush=True)
         self.config = {**asdict(self.args), "env_kwargs": list(args.env_kwargs), "algorithm": algorithm}
         free = {"run_name", "resume", "checkpoint_interval", "eval_episodes", "eval_interval", "capture_video"}
         free |= {"evaluate", "track", "wandb_project_name", "wandb_entity"}
         for flag, now in self.config.items() if began else ():
             before = began.get(flag)
             valid = now == before or flag in free or (flag == "total_timesteps" and now > before)
-            words = f"{self.folder} was started with --{flag.replace('_', '-')} {before}, not {now}"
-            require(valid, f"--resume: {words}")
-        self.finished = self.state is not None and "step" not in self.state
+            require(valid, f"--resume: {self.folder} was started with --{flag.replace('_', '-')} {before}, not {now}")
         if self.finished:
             longer = args.total_timesteps > began["total_timesteps"]
-            require(
-                not longer, f"--total-timesteps {args.total_timesteps}: {self.folder} is finished, its checkpoint gone"
-            )
+            words = f"{self.folder} is finished, its checkpoint gone"
+            require(not longer, f"--total-timesteps {args.total_timesteps}: {words}")
             print(f"{self.folder}: finished already, after {args.total_timesteps} steps")
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)  # if it was killed right here, the last time
 
@@ -741,7 +744,7 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.lock.truncate(0)
         os.register_at_fork(after_in_child=self.lock.close)  # a worker of the environment's may outlive this process
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=self.lock, flush=True)
+        print(f"process {os.getpid()} on {platform.node()}", file=self.lock, flush=True)
         for partial in self.folder.glob("partial-*"):  # of a process that was killed
             partial.unlink()
 
@@ -759,43 +762,43 @@ class Run:
         """Takes what a checkpoint is to hold, puts into it what the last one held, if there is one, and begins to write
         in the folder. Raises UsageError if it cannot."""
         self.parts, self.buffer, self.log_alpha, self.rng = parts, buffer, log_alpha, rng
-        if self.state:
+        state, self.state, csv_size = self.state, None, 0
+        if state:
             with refusing(f"{self.folder / 'checkpoint.pt'}: not of this script and task"):
-                self.step = self.saved_step = self.state["step"]
-                valid = type(self.step) is int and 0 < self.step <= self.args.total_timesteps
-                require(valid, f"it is of step {self.step}")
-                self.hours, self.csv_size = self.state["hours"], self.state["csv_size"]
-                self.best_return = self.state["best_return"]
+                step = self.step = self.saved_step = state["step"]
+                require(type(step) is int and 0 < step <= self.args.total_timesteps, f"it is of step {step}")
+                self.hours, self.best_return, csv_size = state["hours"], state["best_return"], state["csv_size"]
                 for name, part in parts.items():
-                    part.load_state_dict(copy.deepcopy(self.state[name]))  # so that nothing maps the file
-                for column, saved in zip(buffer.columns, self.state["columns"], strict=True):
+                    part.load_state_dict(copy.deepcopy(state[name]))  # so that nothing maps the file
+                for column, saved in zip(buffer.columns, state["columns"], strict=True):
                     column[: len(saved)] = saved.numpy()
-                buffer.added = self.state["added"]
-                log_alpha.copy_(self.state["log_alpha"])
-                rng.bit_generator.state = self.state["rng"]
-                torch.set_rng_state(self.state["torch_rng"])
-        self.state = None
+                buffer.added = state["added"]
+                log_alpha.copy_(state["log_alpha"])
+                rng.bit_generator.state = state["rng"]
+                torch.set_rng_state(state["torch_rng"])
         rows = self.folder / "scalars.csv"
-        whole = self.csv_size == 0 or (rows.exists() and rows.stat().st_size >= self.csv_size)
+        whole = csv_size == 0 or (rows.exists() and rows.stat().st_size >= csv_size)
         require(whole, f"--resume: {rows} has lost rows since the checkpoint; without the folder the run starts afresh")
+        new = f"--run-name {self.folder.name}: must be a new, writable folder"
+        require(self.args.resume or not self.folder.exists(), new)
         if self.args.track:
             with refusing("--track: W&B"):
                 self.start_wandb()
-        with refusing(f"--run-name {self.folder.name}: must be a new, writable folder"):
+        with refusing(new):
             self.folder.mkdir(parents=True, exist_ok=self.args.resume)
             self.csv = rows.open("ab", buffering=0)
         if self.lock is None:
             self.own()
             begun = (self.folder / "checkpoint.pt").exists() or (self.folder / "actor.pt").exists()
             require(not begun, f"--run-name {self.folder.name}: begun by another process just now; resume it")
-        self.csv.truncate(self.csv_size)  # what was logged after the checkpoint is logged again
-        if self.csv_size == 0:
+        self.csv.truncate(csv_size)  # what was logged after the checkpoint is logged again
+        if csv_size == 0:
             self.pending = b"step,tag,value\n"
         self.provenance = provenance()
         self.write_args()
         self.writer = SummaryWriter(self.folder, purge_step=self.step if self.args.resume else None)
-        if threading.current_thread() is threading.main_thread():
-            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        with suppress(ValueError):  # a thread may not
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
                     self.handlers[number] = signal.signal(number, self.stop)
         torch.set_flush_denormal(True)  # Adam's moments of units that died decay into such numbers, which are slow
@@ -830,11 +833,9 @@ class Run:
         self.tracked_clips = set(self.folder.glob("videos/*/*.mp4"))
 
     def send(self, step: int, scalars: dict) -> None:
-        """Sends scalars to W&B that it does not have yet, with the clips that were recorded since."""
+        """Sends scalars to W&B, with the clips that were recorded since."""
         import wandb
 
-        if step <= self.tracked_step:
-            return
         media = {}
         if self.args.capture_video:
             for clip in sorted(set(self.folder.glob("videos/*/*.mp4")) - self.tracked_clips):
@@ -847,7 +848,7 @@ class Run:
         self.stopped_by = number
         for each, handler in self.handlers.items():
             signal.signal(each, handler)
-        if number == getattr(signal, "SIGHUP", None):  # the terminal is gone, which may be said more than once
+        if number == signal.SIGHUP:  # the terminal is gone, which may be said more than once
             signal.signal(number, signal.SIG_IGN)
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
             if self.bar is not None:
@@ -861,9 +862,7 @@ class Run:
         torch.set_flush_denormal(False)
         if self.csv is not None and isinstance(error, Exception):
             last = f"the last checkpoint is of step {self.saved_step}"
-            if self.saved_step == 0:
-                last = "there is no checkpoint yet"
-            error.add_note(f"at step {self.step}; {last}")
+            error.add_note(f"at step {self.step}; {last if self.saved_step else 'there is no checkpoint yet'}")
         self.close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=0 if error is None else 1)
@@ -933,11 +932,11 @@ class Run:
         for tag, value in scalars.items():
             self.tensorboard("add_scalar", tag, value, step)
             self.pending += f"{step},{tag},{value:.9g}\n".encode()
-        if self.wandb is not None:
-            self.send(step, scalars)
-        if time.monotonic() > self.next_flush:
+        if self.wandb is not None or time.monotonic() > self.next_flush:
             with self.warning("scalars.csv"):
                 self.flush()
+        if self.wandb is not None and step > self.tracked_step:  # which the next process takes from scalars.csv
+            self.send(step, scalars)
 
     def flush(self) -> None:
         """Writes the rows of scalars.csv. Raises OSError on a full disk: what it refused is kept for the next time."""
@@ -985,28 +984,24 @@ class Run:
         """Writes a checkpoint, or says why not: the one before is still there. If a signal asked the run to stop, this
         ends it with KeyboardInterrupt. Raises NotFinite if a weight is not finite."""
         self.next_checkpoint = self.step + 1 + self.args.checkpoint_interval
-        filled = min(self.buffer.added, self.buffer.capacity)
         state = {
             "args": self.config,
             "step": self.step + 1,
             "hours": self.hours_taken(),
             "best_return": self.best_return,
-            "csv_size": self.csv.tell() + len(self.pending),
             "added": self.buffer.added,
-            "columns": [torch.from_numpy(column[:filled]) for column in self.buffer.columns],
+            "columns": [torch.from_numpy(column[: self.buffer.added]) for column in self.buffer.columns],
             "log_alpha": self.log_alpha,
             "rng": self.rng.bit_generator.state,
             "torch_rng": torch.get_rng_state(),
             **{name: part.state_dict() for name, part in self.parts.items()},
         }
-        for name in ("actor", "critics"):
-            if not all(weights.isfinite().all() for weights in state[name].values()):
-                raise NotFinite(f"a weight of the {name} is not finite")
+        require_finite(state)
         self.tensorboard("flush")
         with self.warning("checkpoint.pt"):
             self.flush()
             os.fsync(self.csv.fileno())
-            save(state, self.folder / "checkpoint.pt")
+            save(state | {"csv_size": self.csv.tell()}, self.folder / "checkpoint.pt")
             self.saved_step = self.step + 1
         if self.stopped_by is not None:
             last = f"the same command with --resume goes on from step {self.saved_step}"
@@ -1016,11 +1011,12 @@ class Run:
     def finish(self, **networks: nn.Module) -> None:
         """Evaluates the policy, and puts the networks in the checkpoint's place."""
         self.step = self.args.total_timesteps
+        states = {name: network.state_dict() for name, network in networks.items()}
+        require_finite(states)
         returns = self.evaluate(self.args)
         print(f"{self.folder}: deterministic return {summary(returns)}")
         self.flush()
         os.fsync(self.csv.fileno())
-        states = {name: network.state_dict() for name, network in networks.items()}
         save({"args": self.config, **states}, self.folder / "actor.pt")
         self.provenance["hours"] = self.hours_taken()
         with self.warning("the hours in args.json"):
@@ -1032,9 +1028,9 @@ def provenance() -> dict:
     """What a run's numbers depend on beside its flags: the revision of the folder that the script is in ("-dirty" if it
     was edited since), versions, processor, threads. None is what cannot be found."""
     found = {"revision": None, "python": platform.python_version(), "threads": torch.get_num_threads()}
-    if shutil.which("git"):
+    with suppress(OSError):  # there may be no git
         describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        run = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        run = subprocess.run(describe, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=False)
         found["revision"] = run.stdout.strip() or None
     for name in ("torch", "gymnasium", "mujoco", "minatar", "numpy"):
         try:
@@ -1045,24 +1041,6 @@ def provenance() -> dict:
     lines = processors.read_text().splitlines() if processors.exists() else []
     found["processor"] = next((x.split(": ")[1] for x in lines if x.startswith("model name")), platform.processor())
     return found
-
-
-def read_json(path: Path) -> dict:
-    """What the file holds, or nothing if its writer was killed before it was whole."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def compile_works(device: torch.device) -> bool:
-    """Whether torch.compile finds what it needs, a C++ compiler where there is no GPU; says so in a line if not."""
-    try:
-        torch.compile(torch.sin)(torch.zeros(8, device=device))
-    except Exception as error:  # torch raises many
-        print(f"not compiled, and slower: {str(error).strip().splitlines()[0]:.150}", file=sys.stderr, flush=True)
-        return False
-    return True
 
 
 def film(env: gym.Env, args: Args, folder: Path, prefix: str = "clip") -> gym.Env:
@@ -1110,14 +1088,13 @@ def evaluate_run(args: Args) -> None:
     valid = "the folder of a run that has saved a checkpoint or its actor, or such a file"
     require(state is not None, f"--evaluate {saved}: must be {valid}")
     kept = ("seed", "eval_episodes", "capture_video", "evaluate")
-    own = {name: getattr(args, name) for name in kept}
     of_run = {name: value for name, value in state["args"].items() if name in asdict(args)}
     of_run["env_kwargs"] = tuple(of_run.get("env_kwargs", ()))
     for name, value in asdict(args).items():
         valid = name in kept or value in (getattr(Args, name), of_run.get(name))
         words = f"not with --evaluate, which plays the run as it was trained, with {of_run.get(name)}"
         require(valid, f"--{name.replace('_', '-')} {value}: {words}")
-    args = replace(args, **of_run | own)
+    args = replace(args, **{name: value for name, value in of_run.items() if name not in kept})
     check_flags(args)
     actor = load_actor("evaluate", args.evaluate, args, make_env(args))
     folder = saved if saved.is_dir() else saved.parent
@@ -1154,14 +1131,14 @@ def show_help() -> None:
                 changed.append((flag.name, Annotated[kind, tyro.conf.arg(help_behavior_hint="")], flag))
         box = make_dataclass(group, changed, bases=(Args,))
         boxes.append((group, box, field(default_factory=box)))
-    description = __doc__.partition("\n")[0]
-    tyro.cli(make_dataclass("Help", boxes), description=description, config=(tyro.conf.OmitArgPrefixes,))
+    help_of_all = make_dataclass("Help", boxes)
+    tyro.cli(help_of_all, description=__doc__.partition("\n")[0], config=(tyro.conf.OmitArgPrefixes,))
 
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         show_help()
-    args = tyro.cli(Args, description=__doc__.partition("\n")[0])
+    args = tyro.cli(Args)
     try:
         if args.evaluate is None:
             train(args)

@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -327,12 +328,15 @@ def test_an_action_box_as_wide_as_its_dtype_is_kept_whole(monkeypatch):
 
 
 @pytest.mark.parametrize("name", two_of(SCRIPTS))
-@pytest.mark.parametrize("kind", ["Ragged", "Gradient", "RaggedReward"])
-def test_what_is_no_array_is_refused_in_one_line(run_script, name, kind):
+@pytest.mark.parametrize(("kind", "words"), [
+    ("Ragged", "the observation is no array of numbers: "),
+    ("Gradient", "the observation is no array of numbers: "),
+    ("RaggedReward", "the reward must be one number, not ["),
+])  # fmt: skip
+def test_what_is_no_array_is_refused_in_one_line(run_script, name, kind, words):
     code, _, err = run_script(name, "--env-id", odd(name, kind), *SHORT)
     assert (code, err.count("\n")) == (2, 1), err
-    assert f"--env-id {odd(name, kind)}: the " in err
-    assert " is no array of numbers: " in err
+    assert f"--env-id {odd(name, kind)}: {words}" in err
 
 
 @pytest.mark.parametrize("name", two_of(SCRIPTS))
@@ -548,15 +552,16 @@ def test_a_clock_that_stands_still_gives_no_error_and_no_negative_speed(scalars,
         assert all(speed >= 0 for _, speed in scalars(run_dir)["charts/SPS"])
 
 
-def test_without_a_compiler_a_run_says_so_is_eager_and_stays_so(monkeypatch, capsys):
+@pytest.mark.parametrize("reason", ["InvalidCxxCompiler: No working C++ compiler found", ""])
+def test_without_a_compiler_a_run_says_so_is_eager_and_stays_so(monkeypatch, capsys, reason):
     def no_compiler(*_, **__):
-        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+        raise RuntimeError(reason)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", no_compiler)
         args = unfinished(klac_discrete, compile=True)
     err = capsys.readouterr().err
-    assert err == "not compiled, and slower: InvalidCxxCompiler: No working C++ compiler found\n"
+    assert err == f"not compiled, and slower: {reason}\n"
     assert json.loads(Path("runs/unfinished/args.json").read_text())["compile"] is False
     monkeypatch.setattr(
         klac_discrete.Run, "compile", lambda self, *f: pytest.fail("compiled") if self.args.compile else f
@@ -574,6 +579,17 @@ def test_a_machine_without_a_compiler_runs_the_script_eagerly():
     assert result.stderr.startswith("not compiled, and slower: ")
     assert "compiling" not in result.stdout
     assert json.loads(Path("runs/it/args.json").read_text())["compile"] is False
+
+
+def test_a_finished_run_needs_no_compiler_to_say_so(monkeypatch, capsys):
+    run_dir = trained("sac_discrete", "Walk-v0")
+    state = torch.load(run_dir / "actor.pt", weights_only=True)
+    state["args"]["compile"] = True
+    torch.save(state, run_dir / "actor.pt")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("tried"))
+    flags = TINY | {"compile": True, "resume": True}
+    assert sac_discrete.train(sac_discrete.Args(env_id="Walk-v0", run_name="Walk-v0", **flags)) == run_dir
+    assert "finished already" in capsys.readouterr().out
 
 
 def test_a_run_that_was_compiled_is_not_resumed_eagerly(run_script):
@@ -605,6 +621,44 @@ def test_the_rows_that_a_full_disk_refuses_are_written_when_there_is_space():
         run.log(2, {"a": 0.25})
         run.csv = real
     assert Path("runs/it/scalars.csv").read_text() == "step,tag,value\n1,a,0.5\n2,a,0.25\n"
+
+
+def test_wandb_has_no_row_that_scalars_csv_lacks():
+    """A resumed run asks scalars.csv what W&B has: so a kill between the two may cost a row there, not double it."""
+    args = sac_discrete.Args(env_id="Walk-v0", run_name="it", **TINY)
+    sent, rows = [], Path("runs/it/scalars.csv")
+    with sac_discrete.Run(args, "SAC", sac_discrete.make_env(args)) as run:
+        run.start({}, None, None, None)
+        run.tracked_step, run.next_flush = 1, float("inf")
+        run.wandb = SimpleNamespace(
+            log=lambda _, step: sent.append((step, rows.read_text().splitlines()[-1])), finish=lambda exit_code: None
+        )
+        for step in (1, 2, 3):
+            run.log(step, {"a": 0.5})
+    assert sent == [(2, "2,a,0.5"), (3, "3,a,0.5")]
+
+
+def test_a_checkpoint_knows_its_rows_when_the_disk_was_full_before_it(monkeypatch):
+    args, ready, sizes = unfinished(sac_discrete), [], []
+    rows, checkpoint = Path("runs/unfinished/scalars.csv"), Path("runs/unfinished/checkpoint.pt")
+    rows.write_text(rows.read_text() + "100000,lost,1\n" * 500)  # logged after the checkpoint
+
+    def flush(self):
+        if not ready:
+            raise OSError(28, "No space left on device")
+        real_flush(self)
+
+    def save(self):
+        ready.append(True)
+        real_save(self)
+        sizes.append((torch.load(checkpoint, weights_only=True)["csv_size"], rows.stat().st_size))
+
+    real_flush, real_save = sac_discrete.Run.flush, sac_discrete.Run.save
+    monkeypatch.setattr(sac_discrete.Run, "flush", flush)
+    monkeypatch.setattr(sac_discrete.Run, "save", save)
+    sac_discrete.train(args)
+    assert sizes
+    assert all(known == size for known, size in sizes)
 
 
 def test_a_disk_that_is_full_for_a_while_costs_no_row(scalars):

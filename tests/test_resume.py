@@ -435,6 +435,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_script):
     assert not Path("runs/broken/actor.pt").exists()
 
 
+def test_weights_that_the_last_update_broke_are_not_saved(run_script):
+    """That update's loss, of the weights before it, is finite."""
+    flags = ["--total-timesteps", "105", "--learning-starts", "100", "--policy-lr", "1e39", "--no-compile"]
+    code, _, err = run_script("klac_discrete", "--env-id", "CartPole-v1", "--run-name", "broken", *flags)
+    assert (code, err.count("\n")) == (1, 1), err
+    assert "a weight of the actor is not finite at step 105" in err
+    assert not Path("runs/broken/actor.pt").exists()
+
+
 @pytest.mark.parametrize("name", two_of(SCRIPTS))
 def test_a_saved_run_is_evaluated_from_its_folder_alone(run_script, capsys, name):
     module = importlib.import_module(name)

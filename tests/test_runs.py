@@ -24,6 +24,7 @@ import torch
 import wandb
 import wandb.proto.wandb_internal_pb2 as wandb_records
 
+import klac_continuous
 import klac_discrete
 from tests.conftest import main, two_of
 
@@ -249,6 +250,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(run_script, name, flags, words
     assert list(Path().iterdir()) == []
 
 
+def test_what_a_flag_means_is_its_type_not_its_value_s():
+    """From Python an int may stand for a float; a name that is a link here is a plain name in runs/."""
+    klac_discrete.check_flags(klac_discrete.Args(beta=0, gamma=0, alpha=0, autotune=False))
+    klac_continuous.check_flags(klac_continuous.Args(target_entropy=-1))
+    with pytest.raises(klac_discrete.UsageError, match=r"--batch-size 0: must be positive"):
+        klac_discrete.check_flags(klac_discrete.Args(batch_size=0))
+    with pytest.raises(klac_discrete.UsageError, match=r"--eval-interval -1: must be positive"):
+        klac_discrete.check_flags(klac_discrete.Args(eval_interval=-1))
+    Path("it").symlink_to("elsewhere")
+    klac_discrete.check_flags(klac_discrete.Args(run_name="it", exp_name="it"))
+    assert klac_discrete.env_kwargs(klac_discrete.Args(env_kwargs=("a={{}}", "b={1: 2}"))) == {"a": "{{}}", "b": {1: 2}}
+
+
 def test_annealing_flags_do_not_matter_without_annealing(run):
     assert run("--env-id", "Walk-v0", *SHORT, "--no-anneal", "--p-start", "0.1")[0] == 0
 
@@ -292,10 +306,11 @@ def test_unwritable_or_taken_run_folders_are_refused(run):
     Path("runs").unlink()
     assert run("--env-id", "Walk-v0", *SHORT, "--run-name", "mine")[0] == 0
     before = sorted(Path("runs/mine").iterdir())
-    code, _, errors = run("--env-id", "Walk-v0", *SHORT, "--run-name", "mine")
+    code, _, errors = run("--env-id", "Walk-v0", *SHORT, "--run-name", "mine", "--track")
     assert code == 2
     assert "--run-name mine" in errors
     assert sorted(Path("runs/mine").iterdir()) == before
+    assert not Path("wandb").exists()
 
 
 @pytest.mark.parametrize(
