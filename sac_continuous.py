@@ -633,7 +633,7 @@ class Run:
         earlier = sorted(path.name for path in Path("runs").glob("*") if path.name.rpartition("__")[0] + "__" == prefix)
         name = earlier[-1] if args.resume and earlier else f"{prefix}{time.time_ns() // 1000}"
         self.folder, self.state = Path("runs", args.run_name or name), None
-        self.lock, self.csv, self.writer, self.wandb, self.bar, self.handlers = None, None, None, None, None, {}
+        self.lock, self.csv, self.writer, self.wandb, self.handlers = None, None, None, None, {}
         self.step, self.saved_step, self.hours, self.best_return = 0, 0, 0.0, -math.inf
         self.stopped_by, self.pending, self.first_update, self.returns = None, b"", None, deque(maxlen=20)
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
@@ -795,8 +795,6 @@ class Run:
         if number == signal.SIGHUP:  # the terminal is gone, which may be said more than once
             signal.signal(number, signal.SIG_IGN)
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-            if self.bar is not None:
-                self.bar.fp = sys.stderr
         print("stopping at the end of this episode; once more to stop now", file=sys.stderr, flush=True)
 
     def __enter__(self):

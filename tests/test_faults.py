@@ -6,12 +6,15 @@ import io
 import itertools
 import json
 import os
+import pty
 import random
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -448,6 +451,25 @@ def test_a_run_under_nohup_goes_on_when_the_terminal_is_closed():
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
     assert Path("runs/it/actor.pt").exists()
+
+
+def test_a_run_whose_terminal_is_closed_saves_itself(monkeypatch):
+    """With the bar on that terminal, and a run that has long to go."""
+    command = command_of(
+        "sac_discrete", "--total-timesteps", "1000000", "--checkpoint-interval", "100000", run_name="it"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(command[0], command)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    shown, deadline = b"", time.time() + 120
+    while b"step/s, return" not in shown and time.time() < deadline:
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP, shown
+    assert torch.load("runs/it/checkpoint.pt", weights_only=True)["step"] > 0
 
 
 def test_train_called_in_a_notebook_saves_on_ctrl_c_and_gives_the_handlers_back():
