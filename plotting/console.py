@@ -11,7 +11,7 @@ def run(command: str, main, args: type) -> None:
     try:
         main(tyro.cli(args))
     except (ValueError, OSError) as error:
-        print(f"{command}: {error}", file=sys.stderr)
+        print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

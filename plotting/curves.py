@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 
 from .console import run
 from .figures import NAMES, STYLES, save, scale, seeds_of, styles_of, unit_of
-from .runs import QUANTITIES, label, markdown, read_args, read_scalars, settings_of
+from .runs import QUANTITIES, check_own, label, markdown, read_args, read_scalars, settings_of
 
 # What only some runs have: a target at a fixed temperature, another critic, evaluations while they train
 OPTIONAL = {"kl": "policy/kl", "target_kl": "policy/target_kl", "similarity": "adaent/similarity"}
@@ -38,7 +38,7 @@ RANDOM, BUDGET = "0.5", "#F0E442"  # colours that no algorithm has
 class Args:
     runs: Annotated[list[Path], tyro.conf.Positional] = field(default_factory=list)
     """folders of finished runs"""
-    out: Path = Path("figures")
+    out: Path = Path("curves")
     """folder of tables and figure"""
     bin: int = 10_000
     """steps whose episodes are averaged into one point"""
@@ -57,9 +57,10 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
     try:
         args = read_args(run_dir)
         scalars, sound = read_scalars(run_dir)
-    except ValueError as error:
+    except Exception as error:  # as in runs.read_run
         raise ValueError(f"{run_dir}: {error}") from error
-    if not sound or "eval/episodic_return" not in scalars:  # which a finished run logs last
+    evaluations, _ = scalars.get("eval/episodic_return", ([-1], []))
+    if not sound or evaluations[-1] != args["total_timesteps"]:  # which a finished run logs last
         raise ValueError(f"{run_dir}: its scalars are damaged")
     total, warm_up = min(args["total_timesteps"], max_steps or math.inf), args["learning_starts"]
     labels = {"task": args["env_id"].removeprefix("MinAtar/"), "algorithm": label(args), "seed": args["seed"]}
@@ -92,9 +93,7 @@ def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.D
     }
     for name in ("entropy", *OPTIONAL):  # over the last 10% too
         summary[name] = series[name][lambda s: s.index >= 0.9 * total].mean() if name in series else math.nan
-    if max_steps:
-        settings.pop("total_timesteps")
-    return curves, summary, settings
+    return curves, summary, settings | {"total_timesteps": total}
 
 
 def tell_apart(runs: list[tuple[pd.DataFrame, dict, dict]]) -> None:
@@ -122,16 +121,24 @@ def tell_apart(runs: list[tuple[pd.DataFrame, dict, dict]]) -> None:
 def swept(algorithms: list[str]) -> dict:
     """{algorithm: (colour, line)}: settings that differ in one number are one sequence of colours; other algorithms
     have their own (KLAC-b, which is beta 0, too)."""
-    styles, numbers = styles_of(algorithms), defaultdict(list)
+    numbers = defaultdict(list)
     for name in algorithms:
         stem, _, value = name.rpartition(" ")
         if name not in STYLES and value.replace(".", "", 1).replace("e-", "", 1).isdecimal():
             numbers[stem].append((float(value), name))
+    of_a_sweep = {name for sweep in numbers.values() for _, name in sweep}
+    styles = styles_of(set(algorithms) - of_a_sweep)
     for place, sweep in enumerate(numbers.values()):
         shades = matplotlib.colormaps[("viridis", "autumn", "cool")[place % 3]](np.linspace(0, 0.85, len(sweep)))
         for (_, name), shade in zip(sorted(sweep), shades, strict=True):
             styles[name] = (shade, ("-", "--", "-.", ":")[place % 4])
     return styles
+
+
+def seeds_by_step(curves: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """A column a seed that has the quantity, a row a step; a bin in which nothing was logged is interpolated."""
+    table = curves.pivot(index="step", columns="seed", values=quantity)
+    return table.dropna(axis="columns", how="all").interpolate("index", limit_area="inside")
 
 
 def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], folder: Path) -> None:
@@ -149,11 +156,11 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
         axis = axes[row, column]
         for algorithm, (colour, line) in styles.items():
             chosen = (curves["task"] == task) & (curves["algorithm"] == algorithm)
-            seeds = curves[chosen].pivot(index="step", columns="seed", values=quantity)
-            if seeds.empty:
+            seeds = seeds_by_step(curves[chosen], quantity)
+            if not chosen.any():
                 continue
             style = {"color": colour, "linestyle": line}
-            (lines[algorithm],) = axis.plot(seeds.index / unit, seeds.mean(axis=1), **style)
+            (lines[algorithm],) = axis.plot(seeds.index / unit, seeds.mean(axis=1, skipna=False), **style)
             if seeds.shape[1] > 1:
                 axis.plot(seeds.index / unit, seeds, **style, linewidth=0.6, alpha=0.5)
             if quantity == "kl" and "target_kl" in curves:
@@ -161,12 +168,13 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
                 (wide,) = axis.plot(budget.index / unit, budget, color=BUDGET, linewidth=4, zorder=0)
                 lines["budget of the KL"] = wide
             if quantity == "evaluation":
-                stochastic = curves[chosen].groupby("step")["stochastic"].mean()
+                stochastic = seeds_by_step(curves[chosen], "stochastic").mean(axis=1, skipna=False)
                 axis.plot(stochastic.index / unit, stochastic, color=colour, linestyle=":")
                 lines["the same, stochastic policy"] = Line2D([], [], color=RANDOM, linestyle=":")
         if quantity == "return":
             random = summary[summary["task"] == task]["random"].mean()
-            lines["random policy"] = axis.axhline(random, color=RANDOM, linewidth=1)
+            if math.isfinite(random):
+                lines["random policy"] = axis.axhline(random, color=RANDOM, linewidth=1)
         axis.set_ylabel(scale(axis, task, quantity))
         axis.set_xlim(0, None)
         axis.spines[["top", "right"]].set_visible(False)
@@ -177,7 +185,8 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
     rows = {name: curves[curves["algorithm"] == name] for name in styles}
     labels = {name: f"{name} ({seeds_of(rows[name])})" if name in rows else name for name in lines}
     order = [*styles, *(name for name in lines if name not in styles)]
-    title = f"a point: the mean over {curves['step'].min():,} steps"
+    gaps = curves.groupby(["task", "algorithm", "seed"])["step"].diff().mode()
+    title = f"a point: the mean over {int(gaps.min() if len(gaps) else curves['step'].min()):,} steps"
     if curves.groupby(["task", "algorithm"])["seed"].nunique().max() > 1:
         title += "\n" if len(tasks) == 1 else "; "
         title += "thin: a seed; thick: the mean of the seeds"
@@ -196,6 +205,7 @@ def main(args: Args) -> None:
     key = ["task", "algorithm", "seed"]
     if args.bin < 1 or (args.steps is not None and args.steps < 1):
         raise ValueError("--bin and --steps must be at least 1")
+    check_own(args.out, "best 10")
     if not args.redraw:
         if not args.runs:
             raise ValueError("no run given: name at least one run's folder, or --redraw")

@@ -16,6 +16,7 @@ table.csv (a row a task and algorithm). A run's score is the mean of its ten bes
 """
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,7 +32,7 @@ import tyro
 from matplotlib.ticker import LogLocator, NullLocator, SymmetricalLogLocator
 
 from .console import run
-from .runs import add_kept, markdown, read_folders, read_wandb, tables
+from .runs import add_kept, check_own, markdown, read_folders, read_wandb, tables
 from .statistics import AGGREGATES, interval, normalise, performance_profile, profile_interval
 
 MUJOCO = ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5", "Swimmer-v5"]
@@ -96,7 +97,7 @@ def scale(axis, task: str, quantity: str) -> str:
     """Gives the axis the scale that what is drawn on it needs, and returns the quantity's name, with the scale's. Q is
     on a logarithmic scale on both sides of 0, linear between -1 and 1, where SAC's is many times KLAC's."""
     high = np.abs(axis.dataLim.intervaly).max()
-    if quantity == "alpha":
+    if quantity == "alpha" and math.isfinite(axis.dataLim.minposy):
         name, locator = "log", LogLocator(subs=(1, 3))
         axis.set_yscale("log")
     elif quantity in ("q", "q_minus_return") and task in MINATAR and high > 10:
@@ -157,6 +158,7 @@ def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: s
             for algorithm in algorithms_of(here):
                 table = curve(curves, task, algorithm, quantity)
                 if table.empty:
+                    print(f"{task}, {algorithm}: not drawn: a run is too short for a curve of its {NAMES[quantity]}")
                     continue
                 numbers.append(table)
                 colour, line = styles[algorithm]
@@ -289,20 +291,22 @@ def table(summary: pd.DataFrame) -> pd.DataFrame:
         row = {"task": task, "algorithm": algorithm, "n": len(group), "steps": group["steps"].min()}
         row |= {"random": group["random"].mean(), "score": scores.mean(), "low": float(low), "high": float(high)}
         row |= {"IQM": scipy.stats.trim_mean(scores, 0.25), "median": np.median(scores)}
-        row |= {"last_return": group["last_return"].mean(), "last_low": float(last_low), "last_high": float(last_high)}
-        rows.append(row | {name: group[name].mean() for name in ("evaluation", "q_minus_return", "alpha")})
+        row |= {"last_return": group["last_return"].mean(skipna=False)}  # NaN: a run without an episode's end there
+        row |= {"last_low": float(last_low), "last_high": float(last_high)}
+        rows.append(row | {name: group[name].mean(skipna=False) for name in ("evaluation", "q_minus_return", "alpha")})
     return pd.DataFrame(rows)
 
 
 def main(args: Args) -> None:
+    check_own(args.out, "score")
     if not args.redraw:
         if not args.runs and not args.wandb:
             raise ValueError("no run given: name folders of runs, --wandb or --redraw")
         if missing := [str(run) for run in args.runs if not run.is_dir()]:
             raise ValueError(f"{missing[0]}: not a folder")
-        runs = (read_folders(args.runs) if args.runs else []) + (read_wandb(args.wandb) if args.wandb else [])
         if wrong := [where for where in args.where if "=" not in where]:
             raise ValueError(f"--where {wrong[0]}: must be KEY=VALUE")
+        runs = (read_folders(args.runs) if args.runs else []) + (read_wandb(args.wandb) if args.wandb else [])
         summary, curves = tables(runs, args.unfinished, args.where)
         if args.keep:
             summary, curves = add_kept(summary, curves, args.out)

@@ -8,7 +8,9 @@ on the slice, and for SAC-AdaEnt the plain ones beside it. Where the two peak ap
 Writes landscape.pdf, .png and .csv. Continuous actions only.
 """
 
+import ast
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -106,6 +108,15 @@ def draw(table: pd.DataFrame, title: str, out: Path) -> None:
     save(figure, out / "landscape", dpi=200)
 
 
+def keywords(pairs) -> dict:
+    """The run's --env-kwargs as it read them: a value is a Python literal, else a string."""
+    found = dict(pair.split("=", 1) for pair in pairs)
+    for key, value in found.items():
+        with suppress(ValueError, SyntaxError, TypeError):
+            found[key] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+    return found
+
+
 def main(args: Args) -> None:
     path = args.run / "actor.pt"
     if not path.exists():
@@ -117,7 +128,8 @@ def main(args: Args) -> None:
             if archive.testzip() is not None:  # torch does not look at the checksums
                 raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        env_id = saved.pop("args")["env_id"]
+        trained = saved.pop("args")
+        env_id = trained["env_id"]
     except Exception as error:  # torch raises a different error for each damage
         raise ValueError(f"{path}: damaged") from error
     if not all("w1" in saved.get(part, {}) for part in ("actor", "critics")):
@@ -126,9 +138,11 @@ def main(args: Args) -> None:
     if saved["actor"]["w1"].ndim != 3:
         raise ValueError(f"{args.run}: must be a run with continuous actions")
     try:
-        env = gym.make(env_id)
+        env = gym.make(env_id, **keywords(trained.get("env_kwargs", ())))
+        if not isinstance(env.observation_space, gym.spaces.Box):
+            env = gym.wrappers.FlattenObservation(env)
     except Exception as error:  # of a package that is not installed, or not for this task
-        raise ValueError(f"{args.run}: its task, {env_id}, cannot be made: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{args.run}: its task, {env_id}, cannot be made: {str(error) or repr(error):.200}") from error
     box = env.action_space
     obs, _ = env.reset(seed=args.seed)
     for step in range(args.steps):

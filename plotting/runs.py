@@ -32,7 +32,7 @@ SCRIPTS = ("klac_discrete", "sac_discrete", "klac_continuous", "sac_continuous",
 SCRIPTS += ("sac_v_continuous",)
 KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps"}
 KINDS = {"env_id": str, "algorithm": str, "seed": int, "total_timesteps": int, "learning_starts": int}  # in args.json
-VERSION = 6  # of what is cached
+VERSION = 7  # of what is cached
 HEADER = b"step,tag,value\n"
 ROWS = re.compile(rb'(?:\d{1,15},[^,"\x00-\x1f\x7f-\xff]+,-?(?:\d+(?:\.\d+)?(?:e[+-]\d+)?|inf|nan)\n)*+')
 
@@ -159,8 +159,11 @@ def summarise(name: str, args: dict, scalars: dict, problem: str | None) -> Run:
 def settings_of(args: dict) -> dict:
     """The arguments that make runs of one task and algorithm seeds of one experiment."""
     without_bias = not (args.get("bias") and args.get("beta"))  # has two spellings
+    unused = {"bias", "beta"} if without_bias else set()
+    if args.get("anneal") is False:
+        unused |= {"p_start", "p_end", "anneal_timesteps"}
     args = {"env_kwargs": [], **args}  # as of a run older than the flag
-    return {k: v for k, v in args.items() if k not in FREE and not (without_bias and k in ("bias", "beta"))}
+    return {k: v for k, v in args.items() if k not in FREE | unused}
 
 
 def label(args: dict) -> str:
@@ -252,32 +255,35 @@ def read_wandb(project: str) -> list[Run]:
         raise ValueError(f"--wandb {project}: {error}") from error
 
 
-def tables(runs: list[Run], unfinished: bool, where=(), say=print) -> tuple[pd.DataFrame, pd.DataFrame]:
+def tables(runs: list[Run], unfinished: bool, where=()) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The summary (a row a run) and the curves (POINTS rows a run) of the runs that belong together: each `where`,
     KEY=VALUE, is true of those that have the setting, and of runs that differ the largest set of each task is taken.
     Each run that is left out is said by name, with the reason. Raises ValueError if none is left."""
+    for condition in where:
+        if not any(condition.partition("=")[0] in (run.settings or {}) for run in runs):
+            raise ValueError(f"--where {condition}: no run has such a setting")
     chosen = []
     for run in sorted(runs, key=lambda run: run.problem is not None):  # of two, the finished one is used
         if run.problem and (run.summary is None or not unfinished):
-            say(f"left out: {run.name}: {run.problem}")
+            print(f"left out: {run.name}: {run.problem}")
         elif other := [w for w in where if w.partition("=")[0] in run.settings and not holds(w, run.settings)]:
-            say(f"left out: {run.name}: not --where {other[0]}")
+            print(f"left out: {run.name}: not --where {other[0]}")
         else:
             chosen.append(run)
             if run.problem:
-                say(f"used as far as it goes: {run.name}: {run.problem}")
+                print(f"used as far as it goes: {run.name}: {run.problem}")
     used = {}
     for task in dict.fromkeys(run.summary["task"] for run in chosen):
         here = [run for run in chosen if run.summary["task"] == task]
         # Algorithms differ in flags of their own; what they share must be the same on a task
         shared = set.intersection(*(set(run.settings) for run in here)) - KLACS_OWN
-        here = largest_set(here, shared, say)
+        here = largest_set(here, shared)
         for algorithm in dict.fromkeys(run.summary["algorithm"] for run in here):
             of_it = [run for run in here if run.summary["algorithm"] == algorithm]
-            for run in largest_set(of_it, set().union(*(run.settings for run in of_it)), say):
+            for run in largest_set(of_it, set().union(*(run.settings for run in of_it))):
                 first = used.setdefault((task, algorithm, run.summary["seed"]), run)
                 if first is not run:
-                    say(f"left out: {run.name}: the same task, algorithm and seed as {first.name}")
+                    print(f"left out: {run.name}: the same task, algorithm and seed as {first.name}")
     if not used:
         raise ValueError("no run is left to draw")
     ordered = [used[key] for key in sorted(used)]
@@ -301,19 +307,27 @@ def comparable(value) -> str:
     return repr(float(value) if type(value) is int else value)
 
 
-def largest_set(runs: list[Run], keys: set[str], say) -> list[Run]:
-    """The most runs that agree in these settings (of sets as large, that of the longest runs)."""
+def largest_set(runs: list[Run], keys: set[str]) -> list[Run]:
+    """The most algorithms and seeds that agree in these settings (of sets as large, that of the longest runs)."""
     sets = {}
     for run in runs:
         sets.setdefault(str([comparable(run.settings.get(key)) for key in sorted(keys)]), []).append(run)
-    taken = max(sets.values(), key=lambda alike: (len(alike), alike[0].summary["budget"]))
+    kinds = {key: {(run.summary["algorithm"], run.summary["seed"]) for run in alike} for key, alike in sets.items()}
+    taken = sets[max(sets, key=lambda key: (len(kinds[key]), sets[key][0].summary["budget"]))]
     for run in runs:
         if run not in taken:
             ours, theirs = run.settings, taken[0].settings
             differing = [key for key in sorted(keys) if comparable(ours.get(key)) != comparable(theirs.get(key))]
             words = ", ".join(f"{key} {ours.get(key)}, not {theirs.get(key)}" for key in differing)
-            say(f"left out: {run.name}: {words} (--where {differing[0]}={ours.get(differing[0])} draws such runs)")
+            print(f"left out: {run.name}: {words} (--where {differing[0]}={ours.get(differing[0])} draws such runs)")
     return taken
+
+
+def check_own(out: Path, column: str) -> None:
+    """Raises ValueError if the tables in `out` are another command's, by this column of its summary.csv."""
+    path = out / "summary.csv"
+    if path.exists() and column not in path.read_text().partition("\n")[0].split(","):
+        raise ValueError(f"--out {out}: must be another folder: its tables are another command's")
 
 
 def add_kept(summary: pd.DataFrame, curves: pd.DataFrame, out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

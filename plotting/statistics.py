@@ -31,12 +31,12 @@ def aggregate_iqm(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
 AGGREGATES = {"mean": aggregate_mean, "IQM": aggregate_iqm, "median": aggregate_median}
 
 
-def interval(samples: Sequence[np.ndarray], statistic: Callable, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def interval(samples: Sequence[np.ndarray], statistic: Callable) -> tuple[np.ndarray, np.ndarray]:
     """The 95% stratified percentile bootstrap interval of `statistic(*samples, axis)` along the last axis: low, high,
-    of the shape of the other axes. NaN where a task has a single run: one run has no interval."""
-    if min(x.shape[-1] for x in samples) < 2:
+    of the shape of the other axes. NaN where a task has a single run, or one without a score."""
+    if any(x.shape[-1] < 2 or np.isnan(x).any() for x in samples):
         return (np.full(samples[0].shape[:-1], np.nan),) * 2
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     options = {"method": "percentile", "n_resamples": RESAMPLES, "vectorized": True, "axis": -1, "rng": rng}
     result = scipy.stats.bootstrap(tuple(samples), statistic, **options, batch=200)
     return result.confidence_interval.low, result.confidence_interval.high
@@ -47,9 +47,9 @@ def performance_profile(samples: Sequence[np.ndarray], thresholds: np.ndarray) -
     return aggregate_mean(*(x > thresholds[:, None] for x in samples))
 
 
-def profile_interval(samples: Sequence[np.ndarray], thresholds: np.ndarray, seed: int = 0):
+def profile_interval(samples: Sequence[np.ndarray], thresholds: np.ndarray):
     """The pointwise 95% intervals of `performance_profile`, (T,) each."""
-    return interval([(x > thresholds[:, None]).astype(float) for x in samples], aggregate_mean, seed)
+    return interval([(x > thresholds[:, None]).astype(float) for x in samples], aggregate_mean)
 
 
 def normalise(summary) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:

@@ -134,6 +134,8 @@ def test_settings_that_differ_on_a_task_are_part_of_the_name_and_those_that_diff
     longer = finished_run(2, p_start=0.7, p_end=0.9)
     args = json.loads((longer / "args.json").read_text()) | {"env_id": "Breakout-v1", "total_timesteps": 700}
     (longer / "args.json").write_text(json.dumps(args))
+    rows = longer / "scalars.csv"
+    rows.write_text(rows.read_text().replace("\n600,eval/", "\n700,eval/"))
     curves.main(curves.Args(runs=[*folders, longer], out=Path("out"), bin=200, steps=600))
     rows = pd.read_csv("out/summary.csv")
     expected = {
@@ -147,6 +149,42 @@ def test_settings_that_differ_on_a_task_are_part_of_the_name_and_those_that_diff
     curves.main(curves.Args(runs=[folders[2], longer], out=Path("lengths"), bin=200))
     names = {"KLAC, total_timesteps 600", "KLAC, total_timesteps 700"}
     assert set(pd.read_csv("lengths/summary.csv")["algorithm"]) == names
+    curves.main(curves.Args(runs=[folders[2], longer], out=Path("half"), bin=200, steps=650))  # one is shorter
+    assert set(pd.read_csv("half/summary.csv")["algorithm"]) == {
+        "KLAC, total_timesteps 600", "KLAC, total_timesteps 650"
+    }  # fmt: skip
+
+
+def test_a_mean_is_of_all_seeds_in_every_bin():
+    """Seed 2's episodes end in every second bin, and its returns are twice seed 1's."""
+    steps = [500, 1000, 1500, 2000, 2500]
+    table = pd.DataFrame(
+        {"seed": [1] * 5 + [2] * 5, "step": steps * 2, "q": [1.0] * 5 + [2, np.nan, 2, np.nan, np.nan]}
+    )
+    seeds = curves.seeds_by_step(table, "q")
+    np.testing.assert_array_equal(seeds.mean(axis=1, skipna=False), [1.5, 1.5, 1.5, np.nan, np.nan])
+
+
+def test_the_tables_of_another_command_are_not_overwritten():
+    Path("out").mkdir()
+    Path("out/summary.csv").write_text("task,algorithm,seed,score\n")
+    with pytest.raises(ValueError, match="--out out: must be another folder"):
+        curves.main(curves.Args(redraw=True, out=Path("out")))
+    Path("out/summary.csv").write_text("task,algorithm,seed,best 10\n")
+    with pytest.raises(ValueError, match="--out out: must be another folder"):
+        figures.main(figures.Args(redraw=True, out=Path("out")))
+
+
+def test_forks_beside_a_sweep_have_colours_of_their_own():
+    names = ["KLAC (x)", "KLAC, beta 0.01", "KLAC, beta 0.03", "KLAC, beta 0.1", "SAC (y)"]
+    assert len({str(style) for style in curves.swept(names).values()}) == 5
+
+
+def test_a_folder_without_its_args_stops_no_other(capsys):
+    good, bad = finished_run(1), finished_run(2)
+    (bad / "args.json").unlink()
+    curves.main(curves.Args(runs=[bad, good], out=Path("out"), bin=200))
+    assert f"left out: {bad}: [Errno 2] No such file" in capsys.readouterr().out
 
 
 def test_wrong_calls_and_damaged_runs_are_refused(capsys):

@@ -90,6 +90,16 @@ def test_what_cannot_be_drawn_is_refused_in_one_line():
         assert not Path("figures").exists()
 
 
+def test_the_task_is_made_as_the_run_made_it():
+    kwargs = ("g=1.0", "max_episode_steps=20", "render_mode=rgb_array")
+    flags = FLAGS | {"env_kwargs": kwargs}
+    run_dir = sac_continuous.train(sac_continuous.Args(env_id="Pendulum-v1", run_name="it", **flags))
+    assert landscape.keywords(kwargs) == sac_continuous.env_kwargs(sac_continuous.Args(env_kwargs=kwargs))
+    result = draw(run_dir, "--out", "figures", "--steps", 20)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "ends at step 20" in result.stderr
+
+
 def test_a_critic_has_no_variants_colour():
     variants = {colour for colour, _ in figures.STYLES.values()}
     assert variants.isdisjoint(colour for _, colour, _ in landscape.CURVES.values())

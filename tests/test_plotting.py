@@ -330,6 +330,38 @@ def test_runs_that_differ_are_not_mixed_and_the_largest_set_is_drawn(capsys):
     assert "left out: copy: the same task, algorithm and seed as first" in capsys.readouterr().out
 
 
+def test_a_condition_on_a_setting_that_no_run_has_is_refused():
+    run = runs.Run("it", None, {"task": "a"}, {}, {"gamma": 0.9})
+    for condition in ("gama=0.9", "seed=1"):
+        with pytest.raises(ValueError, match=f"--where {condition}: no run has such a setting"):
+            runs.tables([run], False, where=[condition])
+
+
+def test_copies_of_one_seed_are_no_larger_set():
+    def run(name, seed, gamma):
+        summary = {"task": "a", "algorithm": "SAC", "seed": seed, "budget": 600}
+        return runs.Run(name, None, summary, {"step": [1]}, {"gamma": gamma})
+
+    copies = [run(f"copy{i}", 1, 0.99) for i in range(4)]
+    summary, _ = runs.tables([*copies, *(run(f"run{seed}", seed, 0.9) for seed in (1, 2, 3))], False)
+    assert list(summary["seed"]) == [1, 2, 3]
+
+
+def test_a_schedule_that_is_not_used_tells_no_runs_apart():
+    plain = {"bias": True, "beta": 0.01, "anneal": False, "p_start": 0.5, "anneal_timesteps": 600}
+    assert runs.settings_of(plain) == runs.settings_of(plain | {"p_start": 0.6, "anneal_timesteps": 3_000_000})
+    annealed = plain | {"anneal": True}
+    assert runs.settings_of(annealed) != runs.settings_of(annealed | {"anneal_timesteps": 3_000_000})
+
+
+def test_a_run_without_a_return_is_not_left_out_of_a_mean():
+    rows = [{"task": "a", "algorithm": "SAC", "seed": seed, "steps": 600, "random": 0.0} for seed in (1, 2, 3)]
+    summary = pd.DataFrame(rows).assign(score=[1.0, 2, 3], last_return=[np.nan, 5, 6], q_minus_return=[np.nan, 1, 1])
+    row = figures.table(summary.assign(evaluation=0.0, alpha=1.0)).iloc[0]
+    assert (row["n"], row["score"]) == (3, 2)
+    assert row[["last_return", "last_low", "last_high", "q_minus_return"]].isna().all()
+
+
 def test_a_finished_run_without_its_last_evaluation_is_damaged():
     run_dir = short_run(sac_discrete, 1, "run", eval_interval=200)
     run, rows = runs.read_run(run_dir), run_dir / "scalars.csv"
