@@ -49,7 +49,7 @@ class Args:
     run_name: str | None = None
     """folder of this run under runs/ (None: {env_id}__{exp_name}__{seed}__{timestamp})"""
     resume: bool = False
-    """go on from the last checkpoint, if there is one (without --run-name: of the latest run of this task and seed)"""
+    """go on from the last checkpoint, if there is one (without --run-name: the latest of this task, name and seed)"""
     checkpoint_interval: int = 100_000
     """steps between two checkpoints, each written at the end of an episode"""
     evaluate: str | None = None
@@ -95,7 +95,7 @@ class Args:
     autotune: bool = True
     """learn the temperature, so that the policy's entropy meets its target"""
     target_entropy: float | None = None
-    """SAC's entropy target in nats, of actions in the environment's units (None: -d)"""
+    """entropy target in nats, actions in the environment's units (None: -d); KLAC's is this with --no-anneal alone"""
     exploit_radius: float = 0.25
     """half-width r of the exploitation region around the mode, in the environment's action units"""
     bias: bool = True
@@ -111,7 +111,7 @@ class Args:
     anneal_timesteps: int | None = None
     """steps over which p moves from p_start to p_end (None: total_timesteps)"""
     reference: str | None = None
-    """reference policy q: an earlier run, its folder or actor.pt, of a task with the same spaces (None: uniform)"""
+    """reference policy q: a finished run, its folder or actor.pt, of a task with spaces as large (None: uniform)"""
 
 
 def make_env(args: Args, render: bool = False) -> gym.Env:
@@ -370,7 +370,7 @@ def train(args: Args) -> Path:
                 gradients, log = compute_critic_gradients(batch, critics, *of_target)
                 descend(q_optimizer, critics, gradients)
 
-                if args.anneal:  # line 15
+                if args.anneal and args.autotune:  # line 15
                     p = args.p_start + (args.p_end - args.p_start) * min(1.0, global_step / args.anneal_timesteps)
                     target_entropy = exploit_entropy(p, r, d)
                     log["policy/target_exploit_probability"] = p
@@ -711,6 +711,8 @@ class Run:
         self.config = {**asdict(self.args), "env_kwargs": list(args.env_kwargs), "algorithm": algorithm}
         free = {"run_name", "resume", "checkpoint_interval", "eval_episodes", "eval_interval", "capture_video"}
         free |= {"evaluate", "track", "wandb_project_name", "wandb_entity"}
+        if self.config.get("anneal") is False:
+            free.add("anneal_timesteps")  # of a schedule that is not used
         for flag, now in self.config.items() if began else ():
             before = began.get(flag)
             valid = now == before or flag in free or (flag == "total_timesteps" and now > before)

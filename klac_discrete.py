@@ -50,7 +50,7 @@ class Args:
     run_name: str | None = None
     """folder of this run under runs/ (None: {env_id}__{exp_name}__{seed}__{timestamp})"""
     resume: bool = False
-    """go on from the last checkpoint, if there is one (without --run-name: of the latest run of this task and seed)"""
+    """go on from the last checkpoint, if there is one (without --run-name: the latest of this task, name and seed)"""
     checkpoint_interval: int = 100_000
     """steps between two checkpoints, each written at the end of an episode"""
     evaluate: str | None = None
@@ -96,7 +96,7 @@ class Args:
     autotune: bool = True
     """learn the temperature, so that the policy's entropy meets its target"""
     target_entropy_scale: float = 0.89
-    """SAC's entropy target as a share of log n, in (0, 1)"""
+    """entropy target as a share of log n, in (0, 1); KLAC's is this with --no-anneal alone"""
     bias: bool = True
     """add beta to the reward in the critic's target"""
     beta: float = 0.01
@@ -110,7 +110,7 @@ class Args:
     anneal_timesteps: int | None = None
     """steps over which p moves from p_start to p_end (None: total_timesteps)"""
     reference: str | None = None
-    """reference policy q: an earlier run, its folder or actor.pt, of a task with the same spaces (None: uniform)"""
+    """reference policy q: a finished run, its folder or actor.pt, of a task with spaces as large (None: uniform)"""
 
 
 class MinAtarFixes(gym.Wrapper):
@@ -363,7 +363,7 @@ def train(args: Args) -> Path:
                 log |= actor_log
 
                 # Temperature: hold the KL at log n - H*; alpha (target KL - KL) is its own gradient in log alpha
-                if args.anneal:  # line 15
+                if args.anneal and args.autotune:  # line 15
                     p = args.p_start + (args.p_end - args.p_start) * min(1.0, global_step / args.anneal_timesteps)
                     target_entropy = exploit_entropy(p, n)
                     log["policy/target_exploit_probability"] = p
@@ -695,6 +695,8 @@ class Run:
         self.config = {**asdict(self.args), "env_kwargs": list(args.env_kwargs), "algorithm": algorithm}
         free = {"run_name", "resume", "checkpoint_interval", "eval_episodes", "eval_interval", "capture_video"}
         free |= {"evaluate", "track", "wandb_project_name", "wandb_entity"}
+        if self.config.get("anneal") is False:
+            free.add("anneal_timesteps")  # of a schedule that is not used
         for flag, now in self.config.items() if began else ():
             before = began.get(flag)
             valid = now == before or flag in free or (flag == "total_timesteps" and now > before)

@@ -48,7 +48,7 @@ class Args:
     run_name: str | None = None
     """folder of this run under runs/ (None: {env_id}__{exp_name}__{seed}__{timestamp})"""
     resume: bool = False
-    """go on from the last checkpoint, if there is one (without --run-name: of the latest run of this task and seed)"""
+    """go on from the last checkpoint, if there is one (without --run-name: the latest of this task, name and seed)"""
     checkpoint_interval: int = 100_000
     """steps between two checkpoints, each written at the end of an episode"""
     evaluate: str | None = None
@@ -94,7 +94,7 @@ class Args:
     autotune: bool = True
     """learn the temperature, so that the policy's entropy meets its target"""
     target_entropy_scale: float = 0.89
-    """SAC's entropy target as a share of log n, in (0, 1)"""
+    """entropy target as a share of log n, in (0, 1); KLAC's is this with --no-anneal alone"""
 
 
 class MinAtarFixes(gym.Wrapper):
@@ -653,6 +653,8 @@ class Run:
         self.config = {**asdict(self.args), "env_kwargs": list(args.env_kwargs), "algorithm": algorithm}
         free = {"run_name", "resume", "checkpoint_interval", "eval_episodes", "eval_interval", "capture_video"}
         free |= {"evaluate", "track", "wandb_project_name", "wandb_entity"}
+        if self.config.get("anneal") is False:
+            free.add("anneal_timesteps")  # of a schedule that is not used
         for flag, now in self.config.items() if began else ():
             before = began.get(flag)
             valid = now == before or flag in free or (flag == "total_timesteps" and now > before)

@@ -345,7 +345,8 @@ def test_the_first_step_after_a_resume_has_a_speed(scalars):
     assert speeds[step + 1] > 10
 
 
-@pytest.mark.parametrize(("module", "flags"), [(sac_discrete, {}), (klac_discrete, {"anneal_timesteps": 700})])
+@pytest.mark.parametrize(("module", "flags"), [(sac_discrete, {}), (klac_discrete, {"anneal_timesteps": 700}),
+                                               (klac_discrete, {"anneal": False})])  # fmt: skip
 def test_a_run_may_be_lengthened_where_the_schedule_stays(scalars, module, flags):
     args = unfinished(module, **flags)
     args.total_timesteps = 1200

@@ -509,6 +509,23 @@ def test_help_explains_every_flag(run_script, name):
     assert kinds == [ast.AnnAssign, ast.Expr] * (len(kinds) // 2)  # each field is followed by its docstring
 
 
+def test_a_fixed_temperature_logs_no_target(scalars):
+    flags = {"env_id": "Walk-v0", "autotune": False, "total_timesteps": 300, "learning_starts": 100, "compile": False}
+    tags = scalars(klac_discrete.train(klac_discrete.Args(**flags, log_interval=20, eval_episodes=1)))
+    assert "losses/alpha" in tags
+    assert not [tag for tag in tags if "target" in tag]
+
+
+def test_freeway_s_clock_is_a_termination():
+    """As docs/algorithms.md says: MinAtar reports it so."""
+    env, steps, ended = klac_discrete.make_env(klac_discrete.Args(env_id="Freeway-v1")), 0, (False, False)
+    env.reset(seed=1)
+    while not any(ended):
+        _, _, *ended, _ = env.step(0)
+        steps += 1
+    assert (steps, ended) == (2501, [True, False])
+
+
 def test_make_env_accepts_both_names_of_a_minatar_game():
     ids = ("Seaquest-v1", "MinAtar/Seaquest-v1")
     first, second = (klac_discrete.make_env(klac_discrete.Args(env_id=env_id)).spec.id for env_id in ids)
