@@ -267,7 +267,7 @@ class TabularEnv(gym.Env):
     def step(self, action):
         kind = self.kinds[self.state][action]
         reward, row = self.mdp.r[self.state, kind], self.mdp.P[self.state, kind]
-        following = int(self.np_random.choice(len(row) + 1, p=[*row, 1 - row.sum()]))
+        following = int(self.np_random.choice(len(row) + 1, p=[*row, max(0.0, 1 - row.sum())]))
         terminated = following == len(row)
         self.state = self.state if terminated else following
         return self.observe(), float(reward), terminated, False, {}

@@ -20,12 +20,15 @@ fail() { echo "campaign.sh: $1" >&2; exit 2; }
 minatar=(Breakout-v1 Asterix-v1 Seaquest-v1 Freeway-v1 SpaceInvaders-v1)
 mujoco=(Hopper-v5 Walker2d-v5 HalfCheetah-v5 Ant-v5 Humanoid-v5 Swimmer-v5 InvertedPendulum-v5 Reacher-v5)
 all_variants="SAC KLAC KLAC-a KLAC-b KLAC-ab"
-suite=all seeds=$(seq 1 20) variants=$all_variants envs="" steps="" compress="" track="" dry_run=""
+suite="" seeds=$(seq 1 20) variants=$all_variants envs="" steps="" compress="" track="" dry_run=""
 while (($#)); do
   case $1 in
-    minatar | mujoco | all) suite=$1 ;;
+    minatar | mujoco | all)
+      [[ -z $suite ]] || fail "$1: one suite at a time; all is both"
+      suite=$1
+      ;;
     --seeds | --variants | --envs | --steps)
-      (($# > 1)) || fail "$1: needs a value"
+      [[ ${2-} =~ [^[:space:]] ]] || fail "$1: needs a value"
       declare "${1#--}=$2"
       shift
       ;;
@@ -38,12 +41,12 @@ while (($#)); do
   shift
 done
 
-tasks=()
+suite=${suite:-all} tasks=()
 [[ $suite != mujoco ]] && tasks+=("${minatar[@]}")
 [[ $suite != minatar ]] && tasks+=("${mujoco[@]}")
 for env in $envs; do [[ " ${tasks[*]} " == *" $env "* ]] || fail "--envs $env: must be among ${tasks[*]}"; done
 for variant in $variants; do [[ " $all_variants " == *" $variant "* ]] || fail "--variants $variant: must be among $all_variants"; done
-for seed in $seeds; do [[ $seed =~ ^[0-9]{1,9}$ ]] || fail "--seeds $seed: must be numbers"; done
+for seed in $seeds; do [[ $seed =~ ^(0|[1-9][0-9]{0,8})$ ]] || fail "--seeds $seed: must be numbers"; done
 [[ -z $steps || $steps =~ ^[1-9][0-9]{0,11}$ ]] || fail "--steps $steps: must be a positive number"
 [[ -z $compress || -n $steps ]] || fail "--compress: needs --steps: the paper's budget is not compressed"
 
@@ -59,10 +62,10 @@ list() {
         script=klac_$kind.py
         [[ $variant == SAC ]] && script=sac_$kind.py
         echo "python $script --env-id $env$flags --total-timesteps ${steps:-$budget} --seed $seed$track" \
-          "--run-name ${env}__${variant}__$seed --resume"
+          "--run-name ${env}__${variant}__$seed${steps:+-$steps}${compress:+-compressed} --resume"
       done
     done
-  done
+  done | awk '!seen[$0]++'
 }
 
 if [[ -z $dry_run ]]; then
@@ -72,7 +75,8 @@ else
   [[ -r $rates ]] || fail "--dry-run: needs the repository, whose results/throughput/rates.csv is not here"
   list | awk -v FS=' ' -v rates="$rates" '
     BEGIN { while ((getline line < rates) > 0) { split(line, x, ","); if (x[3] == "2x1") rate[x[2]] = x[4] / 2 } }
-    { script = $2; sub(/\.py$/, "", script); for (i = 1; i <= NF; i++) if ($i == "--total-timesteps") n = $(i + 1)
+    { script = $2; sub(/\.py$/, "", script); if (!(script in rate)) { missing = script; exit } for (i = 1; i <= NF; i++) if ($i == "--total-timesteps") n = $(i + 1)
       runs++; total += n; hours += n / rate[script] / 3600 }
-    END { printf "%d runs, %.0f steps, %.0f core-hours\n", runs, total, hours }'
+    END { if (missing) { print "campaign.sh: --dry-run: " rates " has no 2x1 rate of " missing >"/dev/stderr"; exit 2 }
+      printf "%d runs, %.0f steps, %.0f core-hours\n", runs, total, hours }'
 fi

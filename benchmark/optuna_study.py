@@ -7,6 +7,8 @@ runs/STUDY__NUMBER. The same command goes on with the study, which is in STUDY.d
 fails, as one whose loss is not finite does, is a pruned trial; flags that cannot work end the study.
 """
 
+import fcntl
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,8 +28,19 @@ class Args:
 
 
 def main(args: Args, flags: list[str]) -> None:
-    storage = f"sqlite:///{args.study}.db"
-    study = optuna.create_study(study_name=args.study, storage=storage, direction="maximize", load_if_exists=True)
+    chosen = {"--run-name", "--beta", "--p-end"}
+    wrong = [f"{flag}: the study chooses it" for flag in flags if flag.partition("=")[0].replace("_", "-") in chosen]
+    if args.trials < 1:
+        wrong.append(f"--trials {args.trials}: must be at least 1")
+    if not re.fullmatch(r"[\w-]+", args.study):
+        wrong.append(f"--study {args.study}: must be letters, digits, - and _")
+    if wrong:
+        print(f"optuna_study.py: {wrong[0]}", file=sys.stderr)
+        sys.exit(2)
+    with open(f"{args.study}.db", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # of several at once, one makes the tables
+        storage = f"sqlite:///{args.study}.db"
+        study = optuna.create_study(study_name=args.study, storage=storage, direction="maximize", load_if_exists=True)
     while (done := len(study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED]))) < args.trials:
         trial = study.ask()
         name = f"{args.study}__{trial.number}"

@@ -34,20 +34,24 @@ logs=$list.logs failed=$list.failed todo=()
 mkdir -p "$logs"
 [[ -n $retry ]] && rm -f "$failed"
 touch "$failed"
+declare -A seen=()
 while IFS= read -r line; do
   name=$(name_of "$line")
   [[ -n $name ]] || fail "$list: a line without --run-name: $line"
+  [[ -z ${seen[$name]-} ]] || fail "$list: two lines of --run-name $name"
+  seen[$name]=1
   [[ -e runs/$name/actor.pt ]] && continue
   grep -qxF "$name" "$failed" || todo+=("$line")
 done < <(grep -v '^ *\(#\|$\)' "$list")
 total=$(grep -vc '^ *\(#\|$\)' "$list") || fail "$list: holds no command"
 echo "${#todo[@]} runs to do, of $total"
-NAMES=$(for line in "${todo[@]}"; do name_of "$line"; done)
+NAMES=$logs/.names # a file: an environment holds 128 KiB a variable
+for line in "${todo[@]}"; do name_of "$line"; done >"$NAMES"
 
 # How many runs of the list are finished, and at the pace of those of this call how long the others take
 progress() {
   local name finished=0 left=""
-  while read -r name; do [[ -e runs/$name/actor.pt ]] && ((++finished)); done <<<"$NAMES"
+  while read -r name; do [[ -e runs/$name/actor.pt ]] && ((++finished)); done <"$NAMES"
   local minutes=$((($(date +%s) - START) * (TODO - finished) / (finished ? finished : 1) / 60))
   ((finished)) && left=", $((minutes / 60)) h $((minutes % 60)) min left"
   echo "$((TOTAL - TODO + finished))/$TOTAL finished$left"
@@ -58,7 +62,7 @@ one() {
   local name code=0
   name=$(name_of "$1")
   # in the background and waited for, so that a signal reaches the run at once
-  bash -c "exec $1" >>"$LOGS/$name.log" 2>&1 &
+  bash -c "exec env $1" >>"$LOGS/$name.log" 2>&1 &
   trap : TERM INT # parallel sends it to the run as well, which saves itself: a second one would end it at once
   wait $! || code=$?
   # a signal ends the first wait and not the run

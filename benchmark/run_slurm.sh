@@ -51,9 +51,12 @@ logs=$list.logs failed=$list.failed todo=()
 mkdir -p "$logs"
 [[ -n $retry ]] && rm -f "$failed"
 touch "$failed"
+declare -A seen=()
 while IFS= read -r line; do
   run=$(name_of "$line")
   [[ -n $run ]] || fail "$list: a line without --run-name: $line"
+  [[ -z ${seen[$run]-} ]] || fail "$list: two lines of --run-name $run"
+  seen[$run]=1
   [[ -e runs/$run/actor.pt ]] && continue
   grep -qxF "$run" "$failed" || todo+=("$line")
 done < <(grep -v '^ *\(#\|$\)' "$list")
@@ -64,7 +67,7 @@ echo "${#todo[@]} runs to do, of $total"
 one() {
   local line=${lines[SLURM_ARRAY_TASK_ID]} run code=0 late=""
   run=$(name_of "$line")
-  bash -c "exec $line" >>"$logs/$run.log" 2>&1 &
+  bash -c "exec env $line" >>"$logs/$run.log" 2>&1 &
   trap : TERM # SLURM sends it to the run as well, which saves itself
   trap 'late=1; kill -TERM $! 2>/dev/null' USR1 # the time limit is near, and only this shell is told
   wait $! || code=$?

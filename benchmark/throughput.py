@@ -20,6 +20,7 @@ import importlib.util
 import json
 import linecache
 import os
+import re
 import resource
 import signal
 import statistics
@@ -107,7 +108,7 @@ class Contestant:
     def __init__(self, name: str, env_id: str, cores: list[int], window: int, full_buffer: bool = False):
         self.name, self.window, self.rates, self.folder = name, window, [], tempfile.TemporaryDirectory()
         command = [sys.executable, "-m", f"{__package__}.throughput", "--contest", name, env_id, str(window)]
-        paths = os.pathsep.join([str(ROOT), os.getcwd(), os.environ.get("PYTHONPATH", "")])
+        paths = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
         threads = {"OMP_NUM_THREADS": str(len(cores)), "PYTHONPATH": paths}
         self.process = subprocess.Popen(
             command + ["--full-buffer"] * full_buffer, cwd=self.folder.name, env=os.environ | threads, text=True,
@@ -145,6 +146,11 @@ def floor(threads: int) -> float:
     return statistics.median(seconds)
 
 
+def renamed(name: str, revision: str) -> str:
+    """The module's name for a script of a revision."""
+    return re.sub(r"\W", "_", f"{name}_{revision}")
+
+
 def old_scripts(revision: str) -> tempfile.TemporaryDirectory:
     """A folder with the training scripts of a revision, under names of their own; exits if there is none."""
     folder = tempfile.TemporaryDirectory()
@@ -156,7 +162,7 @@ def old_scripts(revision: str) -> tempfile.TemporaryDirectory:
                 )
                 if shown.returncode:
                     sys.exit(f"throughput.py: --against {revision}: {shown.stderr.decode().strip()}")
-                Path(folder.name, f"{name}_{revision}.py").write_bytes(shown.stdout)
+                Path(folder.name, f"{renamed(name, revision)}.py").write_bytes(shown.stdout)
     return folder
 
 
@@ -174,7 +180,7 @@ def measure(env_id: str, cores: list[int], processes: int, args: argparse.Namesp
     """One row for each contestant: its rates over the windows, summed over its processes."""
     names = [name for name in CONTESTANTS[env_id] if importlib.util.find_spec(name)]
     if args.against:
-        names += [f"{name}_{args.against}" for name in names if name not in PEERS]
+        names += [renamed(name, args.against) for name in names if name not in PEERS]
     places = [cores] if processes == 1 else [[core] for core in cores[:processes]]
     window = args.window if env_id == "HalfCheetah-v5" else 4 * args.window
     teams = [[Contestant(name, env_id, place, window) for place in places] for name in names]
@@ -258,7 +264,7 @@ def main() -> None:
             parser.error(f"--out {args.out}: must be a writable folder: {error}")
     if args.against:
         folder = old_scripts(args.against)
-        os.environ["PYTHONPATH"] = folder.name  # of the contestants, too
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder.name, os.environ.get("PYTHONPATH", "")])  # of contestants
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
     for peer in PEERS:
         if not importlib.util.find_spec(peer):

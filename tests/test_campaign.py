@@ -68,12 +68,19 @@ def test_parts_of_the_list():
         assert ("--anneal-timesteps 1000000" in line) == ("__KLAC__" in line)
         assert "--total-timesteps 5000 " in line
     compressed = campaign("mujoco", "--seeds", "1", "--steps", "5000", "--compress", "--variants", "SAC KLAC KLAC-a")
-    assert compressed.stdout.splitlines() == [line.replace(" --anneal-timesteps 1000000", "") for line in shorter]
+    expected = [
+        line.replace(" --anneal-timesteps 1000000", "").replace("-5000 ", "-5000-compressed ") for line in shorter
+    ]
+    assert compressed.stdout.splitlines() == expected
+    names = {line.split("--run-name ")[1] for line in shorter + expected + campaign("--seeds", "1").stdout.splitlines()}
+    assert len(names) == 24 + 24 + 65  # no run is another's, finished
+    assert campaign("--seeds", "1 1").stdout == campaign("--seeds", "1").stdout
 
 
 @pytest.mark.parametrize("flags", [
     ["atari"], ["--seeds", "x"], ["--seeds"], ["--envs", "Pong-v5"], ["minatar", "--envs", "Ant-v5"],
     ["--variants", "PPO"], ["--steps", "-1"], ["--steps", "0"], ["--what"], ["--compress"],
+    ["minatar", "mujoco"], ["--seeds", ""], ["--envs", " "], ["--seeds", "1 01"],
 ])  # fmt: skip
 def test_what_the_list_does_not_know_is_refused(flags):
     result = campaign(*flags)
@@ -126,7 +133,7 @@ def write_list(bad=(), steps=10, n=6):
     lines = ["# a comment", ""]
     for i in range(n):
         flags = f"steps={steps} bad={'yes' if i in bad else ''}"
-        lines.append(f"env {flags} python3 fake.py --run-name r{i}")
+        lines.append(f"{'env ' * (i % 2)}{flags} python3 fake.py --run-name r{i}")
     Path("list.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -244,7 +251,18 @@ def test_wrong_calls_of_the_driver_are_one_line(flags, word):
     for name in ("none", ".", "empty.txt"):
         missing = subprocess.run([ROOT / "benchmark/run_local.sh", name], capture_output=True, text=True, check=False)
         assert (missing.returncode, missing.stdout, missing.stderr.count("\n")) == (2, "", 1)
+    Path("list.txt").write_text("true --run-name a\nfalse --run-name b\ntrue --run-name a\n")
+    twice = drive()
+    assert (twice.returncode, twice.stderr) == (2, "run_local.sh: list.txt: two lines of --run-name a\n")
     assert not Path("runs").exists()
+
+
+@needs_parallel
+def test_a_list_may_hold_more_names_than_an_environment_variable():
+    Path("list.txt").write_text("".join(f"true --run-name {'x' * 240}{i}\n" for i in range(600)))
+    result = drive("--workers", "1", "--", "--dry-run")
+    assert result.returncode == 1
+    assert result.stderr.startswith("killed (the same command goes on with them):\n"), result.stderr
 
 
 def real_list(monkeypatch, n=2):

@@ -74,6 +74,8 @@ def test_another_revision_s_scripts_run_beside_these(monkeypatch):
         assert sorted(path.stem for path in Path(folder).iterdir()) == sorted(
             f"{a}_{k}_HEAD" for a in ("sac", "klac") for k in ("discrete", "continuous")
         )
+    with throughput.old_scripts("HEAD~0") as folder:
+        assert Path(folder, "sac_discrete_HEAD_0.py").exists()  # a name that Python can import
     with pytest.raises(SystemExit, match="--against nonsense"):
         throughput.old_scripts("nonsense")
 

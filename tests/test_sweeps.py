@@ -74,6 +74,30 @@ def test_a_study_prunes_what_fails_and_ends_at_what_is_refused(monkeypatch):
         optuna_study.main(optuna_study.Args(trials=1, study="other"), [])
 
 
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--beta", "0.1"], "--beta: the study chooses it"), (["--p_end=0.7"], "--p_end=0.7: the study chooses it"),
+    (["--run-name", "x"], "--run-name: "), (["--trials", "0"], "--trials 0: "), (["--study", "a/b"], "--study a/b: "),
+])  # fmt: skip
+def test_what_a_study_cannot_take_is_refused_in_one_line(capsys, flags, words):
+    with pytest.raises(SystemExit, match="2"):
+        optuna_study.main(*tyro.cli(optuna_study.Args, args=flags, return_unknown_args=True))
+    err = capsys.readouterr().err
+    assert err.startswith(f"optuna_study.py: {words}")
+    assert err.count("\n") == 1
+    assert not list(Path().iterdir())
+
+
+def test_several_studies_that_begin_at_once_share_one():
+    code = "import subprocess; from benchmark import optuna_study as s; "
+    code += (
+        "subprocess.run = lambda command, check: subprocess.CompletedProcess(command, 1); s.main(s.Args(trials=3), [])"
+    )
+    setting = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "stderr": subprocess.PIPE, "text": True}
+    several = [subprocess.Popen([sys.executable, "-c", code], **setting) for _ in range(3)]
+    errors = [process.communicate()[1] for process in several]
+    assert [error.strip().splitlines()[-1] for error in errors] == ["no trial has finished"] * 3
+
+
 def ends(parameter):
     """The values at the ends of a parameter's range in sweep.yaml."""
     if "value" in parameter:

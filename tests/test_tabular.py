@@ -410,6 +410,16 @@ def test_what_cannot_work_is_refused_in_one_line(run_script, flags, word):
     assert not Path("figures").exists()
 
 
+def test_a_row_that_sums_to_a_little_more_than_one_is_sampled():
+    env = tabular.TabularEnv(tabular.random_mdp(1))
+    env.reset(seed=1)
+    beyond = np.argwhere(env.mdp.P.sum(2) > 1)
+    assert len(beyond)
+    for state, kind in beyond:
+        env.state = state
+        assert not env.step(list(env.kinds[state]).index(kind))[2]
+
+
 def test_the_projection_is_boltzmanns_for_huge_values():
     log_pi = boltzmann(np.array([[1e6, 0.0, -1e6]]), np.log([[0.2, 0.3, 0.5]]), 1e-6)
     assert np.exp(log_pi[0]).tolist() == [1.0, 0.0, 0.0]
