@@ -129,6 +129,14 @@ def test_what_r_means_is_the_action_boxes_own():
             assert (0.25 / float(h)) ** int(d) == pytest.approx(float(uniform), rel=0.4)
 
 
+def test_the_comparison_on_random_mdps_is_the_committed_one():
+    gaps = pd.read_csv(ROOT / "results/tabular/bound.csv").pivot(index="seed", columns="algorithm", values="gap")
+    more = gaps["KLAC"] - gaps["SAC"]
+    words = f"larger than SAC's in {(more > 1e-6).sum()} and smaller in {(more < -1e-6).sum()}, by more than 1e-6"
+    assert len(gaps) == 100
+    assert words in (ROOT / "docs/theory.md").read_text()
+
+
 def test_the_exercises_tables_are_the_committed_results():
     page = (ROOT / "docs/exercises.md").read_text()
     bandit = pd.read_csv(ROOT / "results/exercises/Bandit_alphas.csv").set_index(["algorithm", "alpha"])
