@@ -461,6 +461,7 @@ def test_a_run_whose_terminal_is_closed_saves_itself(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
         os.execv(command[0], command)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     shown, deadline = b"", time.time() + 120
