@@ -89,9 +89,9 @@ def test_the_installed_commands_draw_runs_made_elsewhere(environment, packages):
     assert drawn.returncode == 0, drawn.stderr
     drawn = call(environment / "bin/klac-curves", *folders, "--bin", 100)
     assert drawn.returncode == 0, drawn.stderr
-    for name in ("figure5", "curves"):
-        assert Path(f"figures/{name}.pdf").read_bytes().startswith(b"%PDF")
-        assert Path(f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("figures/figure5", "curves/curves"):
+        assert Path(f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert Path(f"{name}.png").read_bytes().startswith(b"\x89PNG")
     refused = call(environment / "bin/klac-landscape", folders[0])
     assert (refused.returncode, refused.stderr) == (
         2,
