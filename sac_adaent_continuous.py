@@ -553,8 +553,10 @@ class Checked(gym.Wrapper):
             require(inside, f"{self.observes} {obs.min()} to {obs.max()}, its space is {self.space}")
 
     def convert(self, obs) -> np.ndarray:
-        with refusing(f"--env-id {self.name}: the observation is no array of numbers"):  # ragged, or torch's on a GPU
+        try:
             given = np.asarray(obs)
+        except Exception as error:  # it is ragged, or torch's and on a GPU
+            raise UsageError(f"--env-id {self.name}: the observation is no array of numbers: {error!s:.200}") from error
         castable = given.dtype.kind in ("buif" if self.dtype.kind == "f" else "bui")
         if not castable or given.shape != self.space.shape:
             raise UsageError(f"{self.observes} {given.dtype} {given.shape}, its space is {self.space}")
@@ -708,10 +710,11 @@ class Run:
         if args.resume and os.path.isdir(self.folder):
             self.own()
             self.state = load(self.folder)
-            with suppress(OSError, ValueError):  # it was killed before the file was whole
-                began = json.loads((self.folder / "args.json").read_text())
             if self.state:
                 began = self.state["args"]
+            else:
+                with suppress(OSError, ValueError):  # it was killed before the file was whole
+                    began = json.loads((self.folder / "args.json").read_text())
         self.finished = self.state is not None and "step" not in self.state
         self.args = replace(args, compile=args.compile and began.get("compile", True))
         if self.args.compile and not self.finished:
@@ -1088,13 +1091,13 @@ def evaluate_run(args: Args) -> None:
     valid = "the folder of a run that has saved a checkpoint or its actor, or such a file"
     require(state is not None, f"--evaluate {saved}: must be {valid}")
     kept = ("seed", "eval_episodes", "capture_video", "evaluate")
-    of_run = {name: value for name, value in state["args"].items() if name in asdict(args)}
+    of_run = {name: value for name, value in state["args"].items() if name in asdict(args) and name not in kept}
     of_run["env_kwargs"] = tuple(of_run.get("env_kwargs", ()))
     for name, value in asdict(args).items():
         valid = name in kept or value in (getattr(Args, name), of_run.get(name))
         words = f"not with --evaluate, which plays the run as it was trained, with {of_run.get(name)}"
         require(valid, f"--{name.replace('_', '-')} {value}: {words}")
-    args = replace(args, **{name: value for name, value in of_run.items() if name not in kept})
+    args = replace(args, **of_run)
     check_flags(args)
     actor = load_actor("evaluate", args.evaluate, args, make_env(args))
     folder = saved if saved.is_dir() else saved.parent

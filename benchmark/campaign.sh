@@ -75,7 +75,8 @@ else
   [[ -r $rates ]] || fail "--dry-run: needs the repository, whose results/throughput/rates.csv is not here"
   list | awk -v FS=' ' -v rates="$rates" '
     BEGIN { while ((getline line < rates) > 0) { split(line, x, ","); if (x[3] == "2x1") rate[x[2]] = x[4] / 2 } }
-    { script = $2; sub(/\.py$/, "", script); if (!(script in rate)) { missing = script; exit } for (i = 1; i <= NF; i++) if ($i == "--total-timesteps") n = $(i + 1)
+    { script = $2; sub(/\.py$/, "", script); if (!(script in rate)) { missing = script; exit }
+      for (i = 1; i <= NF; i++) if ($i == "--total-timesteps") n = $(i + 1)
       runs++; total += n; hours += n / rate[script] / 3600 }
     END { if (missing) { print "campaign.sh: --dry-run: " rates " has no 2x1 rate of " missing >"/dev/stderr"; exit 2 }
       printf "%d runs, %.0f steps, %.0f core-hours\n", runs, total, hours }'

@@ -156,9 +156,9 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
         axis = axes[row, column]
         for algorithm, (colour, line) in styles.items():
             chosen = (curves["task"] == task) & (curves["algorithm"] == algorithm)
-            seeds = seeds_by_step(curves[chosen], quantity)
             if not chosen.any():
                 continue
+            seeds = seeds_by_step(curves[chosen], quantity)
             style = {"color": colour, "linestyle": line}
             (lines[algorithm],) = axis.plot(seeds.index / unit, seeds.mean(axis=1, skipna=False), **style)
             if seeds.shape[1] > 1:

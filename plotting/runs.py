@@ -312,8 +312,11 @@ def largest_set(runs: list[Run], keys: set[str]) -> list[Run]:
     sets = {}
     for run in runs:
         sets.setdefault(str([comparable(run.settings.get(key)) for key in sorted(keys)]), []).append(run)
-    kinds = {key: {(run.summary["algorithm"], run.summary["seed"]) for run in alike} for key, alike in sets.items()}
-    taken = sets[max(sets, key=lambda key: (len(kinds[key]), sets[key][0].summary["budget"]))]
+
+    def size(alike: list[Run]) -> tuple[int, int]:
+        return len({(run.summary["algorithm"], run.summary["seed"]) for run in alike}), alike[0].summary["budget"]
+
+    taken = max(sets.values(), key=size)
     for run in runs:
         if run not in taken:
             ours, theirs = run.settings, taken[0].settings

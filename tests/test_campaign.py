@@ -88,6 +88,16 @@ def test_what_the_list_does_not_know_is_refused(flags):
     assert result.stderr.startswith("campaign.sh: ")
 
 
+def test_hours_without_a_rate_are_refused():
+    for folder in ("benchmark", "results/throughput"):
+        Path(folder).mkdir(parents=True)
+    shutil.copy(ROOT / "benchmark/campaign.sh", "benchmark")
+    Path("results/throughput/rates.csv").write_text("task,contestant,setting,steps_per_second\n")
+    result = subprocess.run(["benchmark/campaign.sh", "--dry-run"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.endswith("rates.csv has no 2x1 rate of sac_discrete\n")
+
+
 def has(command, *packages):
     """Whether the command is there, once it has been installed if KLAC_TESTS_INSTALL allows that and root asks."""
     may_install = os.environ.get("KLAC_TESTS_INSTALL") and os.getuid() == 0 and shutil.which("apt-get")
