@@ -33,4 +33,5 @@ def curves() -> None:
 
 
 def landscape() -> None:
+    sys.path.insert(0, "")  # as with python -m: a task may be of a module in the current folder
     load("landscape")

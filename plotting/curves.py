@@ -205,6 +205,8 @@ def main(args: Args) -> None:
     key = ["task", "algorithm", "seed"]
     if args.bin < 1 or (args.steps is not None and args.steps < 1):
         raise ValueError("--bin and --steps must be at least 1")
+    if args.redraw and (args.runs or args.steps is not None):
+        raise ValueError("--redraw: draws from the tables in --out alone, without runs and --steps")
     check_own(args.out, "best 10")
     if not args.redraw:
         if not args.runs:

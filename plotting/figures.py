@@ -74,7 +74,7 @@ class Args:
     wandb: str | None = None
     """read the runs of this W&B project, entity/project, as well"""
     where: tuple[str, ...] = ()
-    """draw only the runs of which this is true, KEY=VALUE of their args.json (of those that have such a key)"""
+    """draw only the runs of which this is true, KEY=VALUE, a setting in their args.json (of those that have it)"""
     unfinished: bool = False
     """use unfinished and damaged runs too, as far as they go"""
     keep: bool = False
@@ -299,6 +299,8 @@ def table(summary: pd.DataFrame) -> pd.DataFrame:
 
 def main(args: Args) -> None:
     check_own(args.out, "score")
+    if args.redraw and (args.runs or args.wandb or args.where or args.keep):
+        raise ValueError("--redraw: draws from the tables in --out alone, without runs, --wandb, --where and --keep")
     if not args.redraw:
         if not args.runs and not args.wandb:
             raise ValueError("no run given: name folders of runs, --wandb or --redraw")

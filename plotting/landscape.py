@@ -138,7 +138,7 @@ def main(args: Args) -> None:
     if saved["actor"]["w1"].ndim != 3:
         raise ValueError(f"{args.run}: must be a run with continuous actions")
     try:
-        env = gym.make(env_id, **keywords(trained.get("env_kwargs", ())))
+        env = gym.make(env_id, disable_env_checker=True, **keywords(trained.get("env_kwargs", ())))
         if not isinstance(env.observation_space, gym.spaces.Box):
             env = gym.wrappers.FlattenObservation(env)
     except Exception as error:  # of a package that is not installed, or not for this task

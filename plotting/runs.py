@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +28,13 @@ QUANTITIES = {
 FREE = {"seed", "run_name", "exp_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "cuda"}
 FREE |= {"env_id", "algorithm", "compile", "resume", "checkpoint_interval", "evaluate", "eval_episodes"}
 FREE |= {"log_interval", "eval_interval", "torch_deterministic", "provenance"}
-FREE |= {"reference"}  # the label says whether there is one
 SCRIPTS = ("klac_discrete", "sac_discrete", "klac_continuous", "sac_continuous", "sac_adaent_continuous")
 SCRIPTS += ("sac_v_continuous",)
-KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps"}
+KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps", "exploit_radius", "reference"}
 KINDS = {"env_id": str, "algorithm": str, "seed": int, "total_timesteps": int, "learning_starts": int}  # in args.json
-VERSION = 7  # of what is cached
+VERSION = 8  # of what is cached
 HEADER = b"step,tag,value\n"
+UNREADABLE = "cannot be read"
 ROWS = re.compile(rb'(?:\d{1,15},[^,"\x00-\x1f\x7f-\xff]+,-?(?:\d+(?:\.\d+)?(?:e[+-]\d+)?|inf|nan)\n)*+')
 
 
@@ -157,12 +158,15 @@ def summarise(name: str, args: dict, scalars: dict, problem: str | None) -> Run:
 
 
 def settings_of(args: dict) -> dict:
-    """The arguments that make runs of one task and algorithm seeds of one experiment."""
+    """The arguments that make runs of one task and algorithm seeds of one experiment. Of a reference it is the name
+    without its digits: each seed may have one of its own."""
     without_bias = not (args.get("bias") and args.get("beta"))  # has two spellings
     unused = {"bias", "beta"} if without_bias else set()
     if args.get("anneal") is False:
         unused |= {"p_start", "p_end", "anneal_timesteps"}
     args = {"env_kwargs": [], **args}  # as of a run older than the flag
+    if args.get("reference"):
+        args["reference"] = re.sub(r"\d", "", str(args["reference"]))
     return {k: v for k, v in args.items() if k not in FREE | unused}
 
 
@@ -196,7 +200,7 @@ def read_run(run_dir: Path) -> Run:
             problem = f"unfinished, at {place}"
         return summarise(run_dir.name, args, scalars, problem)
     except Exception as error:  # of the file system, pandas or TensorBoard, which raise another one for each damage
-        return Run(run_dir.name, f"cannot be read: {error}")
+        return Run(run_dir.name, f"{UNREADABLE}: {error}")
 
 
 def read_cached(task: tuple[Path, Path]) -> Run:
@@ -213,6 +217,8 @@ def read_cached(task: tuple[Path, Path]) -> Run:
     except (OSError, ValueError, KeyError):
         pass  # no cache, or not a whole one
     run = read_run(run_dir)
+    if run.problem is not None and run.problem.startswith(UNREADABLE):  # which may pass, and no file says so
+        return run
     partial = path.with_suffix(f".{multiprocessing.current_process().pid}")
     partial.write_text(json.dumps({"key": key, **vars(run)}))
     partial.replace(path)
@@ -259,9 +265,10 @@ def tables(runs: list[Run], unfinished: bool, where=()) -> tuple[pd.DataFrame, p
     """The summary (a row a run) and the curves (POINTS rows a run) of the runs that belong together: each `where`,
     KEY=VALUE, is true of those that have the setting, and of runs that differ the largest set of each task is taken.
     Each run that is left out is said by name, with the reason. Raises ValueError if none is left."""
+    known = set().union(*(run.settings or {} for run in runs))
     for condition in where:
-        if not any(condition.partition("=")[0] in (run.settings or {}) for run in runs):
-            raise ValueError(f"--where {condition}: no run has such a setting")
+        if condition.partition("=")[0] not in known:
+            raise ValueError(f"--where {condition}: no run has such a setting; there are {', '.join(sorted(known))}")
     chosen = []
     for run in sorted(runs, key=lambda run: run.problem is not None):  # of two, the finished one is used
         if run.problem and (run.summary is None or not unfinished):
@@ -322,7 +329,8 @@ def largest_set(runs: list[Run], keys: set[str]) -> list[Run]:
             ours, theirs = run.settings, taken[0].settings
             differing = [key for key in sorted(keys) if comparable(ours.get(key)) != comparable(theirs.get(key))]
             words = ", ".join(f"{key} {ours.get(key)}, not {theirs.get(key)}" for key in differing)
-            print(f"left out: {run.name}: {words} (--where {differing[0]}={ours.get(differing[0])} draws such runs)")
+            condition = shlex.quote(f"{differing[0]}={ours.get(differing[0])}")
+            print(f"left out: {run.name}: {words} (--where {condition} draws such runs)")
     return taken
 
 

@@ -113,3 +113,26 @@ def test_a_flipped_bit_is_refused():
     result = draw(run_dir, "--out", "figures")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "actor.pt: damaged" in result.stderr
+
+
+def test_the_command_finds_a_task_in_the_current_folder_and_trusts_it_as_the_scripts_do(monkeypatch):
+    """Its info is none, which Gymnasium's checker would not take."""
+    Path("mine.py").write_text("""
+import gymnasium as gym
+import tests.envs
+
+class Mine(tests.envs.Drift):
+    def reset(self, **given):
+        return super().reset(**given)[0], None
+
+if "Mine-v0" not in gym.registry:
+    gym.register("Mine-v0", Mine, max_episode_steps=8)
+""")
+    monkeypatch.syspath_prepend(".")
+    run_dir = sac_continuous.train(sac_continuous.Args(env_id="mine:Mine-v0", **FLAGS))
+    code = "from plotting.console import landscape; landscape()"
+    command = [sys.executable, "-P", "-c", code, str(run_dir), "--steps", "1"]
+    setting = {"env": {"PYTHONPATH": str(ROOT), "PATH": ""}, "capture_output": True, "text": True}
+    result = subprocess.run(command, **setting, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert Path("figures/landscape.csv").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import klac_discrete
 import sac_discrete
-from plotting import figures, runs, statistics
+from plotting import curves, figures, runs, statistics
 
 ROOT = Path(__file__).parent.parent
 
@@ -311,7 +312,10 @@ def test_runs_that_differ_are_not_mixed_and_the_largest_set_is_drawn(capsys):
     assert found == [("KLAC", 1), ("SAC", 2)]
     assert said == "left out: first: not --where gamma=0.90\nleft out: second: not --where gamma=0.90\n"
     other = read(sac_discrete, 2, "other", env_kwargs=("max_episode_steps=8",), eval_interval=200)
-    assert drawn(first, second, other)[1].startswith("left out: other: env_kwargs ['max_episode_steps=8'], not []")
+    said = drawn(first, second, other)[1]
+    assert said.startswith("left out: other: env_kwargs ['max_episode_steps=8'], not []")
+    hint = shlex.split(said.partition("(")[2])  # as a shell reads it
+    assert drawn(first, second, other, where=[hint[1]])[0] == [("SAC", 2)]
     args = json.loads(Path("runs/first/args.json").read_text())
     older = {key: value for key, value in args.items() if key != "env_kwargs"}  # than the flag
     assert runs.settings_of(older) == runs.settings_of(args)
@@ -333,7 +337,7 @@ def test_runs_that_differ_are_not_mixed_and_the_largest_set_is_drawn(capsys):
 def test_a_condition_on_a_setting_that_no_run_has_is_refused():
     run = runs.Run("it", None, {"task": "a"}, {}, {"gamma": 0.9})
     for condition in ("gama=0.9", "seed=1"):
-        with pytest.raises(ValueError, match=f"--where {condition}: no run has such a setting"):
+        with pytest.raises(ValueError, match=f"--where {condition}: no run has such a setting; there are gamma$"):
             runs.tables([run], False, where=[condition])
 
 
@@ -352,6 +356,51 @@ def test_a_schedule_that_is_not_used_tells_no_runs_apart():
     assert runs.settings_of(plain) == runs.settings_of(plain | {"p_start": 0.6, "anneal_timesteps": 3_000_000})
     annealed = plain | {"anneal": True}
     assert runs.settings_of(annealed) != runs.settings_of(annealed | {"anneal_timesteps": 3_000_000})
+
+
+def a_run(algorithm, seed, **settings):
+    summary = {"task": "a", "algorithm": algorithm, "seed": seed, "budget": 600}
+    return runs.Run(f"{algorithm}{seed}", None, summary, {"step": [1]}, runs.settings_of(settings))
+
+
+def test_runs_with_two_references_are_not_mixed_and_each_seed_may_have_its_own():
+    early, late = (
+        [a_run("KLAC + reference", i, reference=f"runs/{x}__{i}") for i in (1, 2)] for x in ("early", "late")
+    )
+    plain = [a_run("KLAC", seed, reference=None) for seed in (1, 2)]
+    summary, _ = runs.tables([*plain, *early, *late[:1]], False)
+    assert list(summary["algorithm"]) == ["KLAC"] * 2 + ["KLAC + reference"] * 2
+    summary, _ = runs.tables([*plain, *early, *late[:1]], False, where=["reference=runs/late__"])
+    assert list(summary["algorithm"]) == ["KLAC + reference"]
+
+
+def test_a_radius_that_sac_only_measures_leaves_it_beside_klac():
+    pair = a_run("SAC", 1, exploit_radius=0.25), a_run("KLAC", 1, exploit_radius=0.1)
+    assert set(runs.tables(pair, False)[0]["algorithm"]) == {"SAC", "KLAC"}
+    wider = [a_run("KLAC", seed, exploit_radius=0.5) for seed in (2, 3)]
+    summary, _ = runs.tables([*pair, *wider], False)  # two radii of one algorithm are two experiments
+    assert list(zip(summary["algorithm"], summary["seed"], strict=True)) == [("KLAC", 2), ("KLAC", 3), ("SAC", 1)]
+
+
+def test_a_reading_that_failed_is_tried_again(monkeypatch, tmp_path):
+    run_dir = short_run(sac_discrete, 1, "it")
+
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "read_scalars", fail)
+        assert runs.read_cached((run_dir, tmp_path)).problem.startswith("cannot be read: [Errno 5]")
+    assert runs.read_cached((run_dir, tmp_path)).problem is None
+
+
+def test_a_redraw_takes_no_runs(tmp_path):
+    for given in ({"runs": [tmp_path]}, {"where": ("beta=0",)}, {"keep": True}, {"wandb": "a/b"}):
+        with pytest.raises(ValueError, match="--redraw: draws from the tables"):
+            figures.main(figures.Args(redraw=True, **given))
+    for given in ({"runs": [tmp_path]}, {"steps": 3}):
+        with pytest.raises(ValueError, match="--redraw: draws from the tables"):
+            curves.main(curves.Args(redraw=True, **given))
 
 
 def test_a_run_without_a_return_is_not_left_out_of_a_mean():
