@@ -27,6 +27,16 @@ class Args:
     """name of the study"""
 
 
+def run(command: list[str]) -> int:
+    """The exit status of a run. Ctrl-C reaches the run too, which is waited for while it saves itself."""
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+
+
 def main(args: Args, flags: list[str]) -> None:
     chosen = {"--run-name", "--beta", "--p-end"}
     wrong = [f"{flag}: the study chooses it" for flag in flags if flag.partition("=")[0].replace("_", "-") in chosen]
@@ -46,7 +56,11 @@ def main(args: Args, flags: list[str]) -> None:
         name = f"{args.study}__{trial.number}"
         beta, p_end = trial.suggest_float("beta", 0.001, 0.3, log=True), trial.suggest_float("p_end", 0.65, 0.95)
         command = ["klac_discrete.py", "--run-name", name, "--beta", str(beta), "--p-end", str(p_end), *flags]
-        code = subprocess.run([sys.executable, *command], check=False).returncode
+        try:
+            code = run([sys.executable, *command])
+        except KeyboardInterrupt:
+            study.tell(trial, state=TrialState.FAIL)
+            raise
         if code == 0:
             scalars = pd.read_csv(f"runs/{name}/scalars.csv", index_col="tag")["value"]
             outcome = scalars[["eval/episodic_return"]].iloc[-1]

@@ -161,7 +161,8 @@ def old_scripts(revision: str) -> tempfile.TemporaryDirectory:
                     ["git", "show", f"{revision}:{name}.py"], cwd=ROOT, capture_output=True, check=False
                 )
                 if shown.returncode:
-                    sys.exit(f"throughput.py: --against {revision}: {shown.stderr.decode().strip()}")
+                    print(f"throughput.py: --against {revision}: {shown.stderr.decode().strip()}", file=sys.stderr)
+                    sys.exit(2)
                 Path(folder.name, f"{renamed(name, revision)}.py").write_bytes(shown.stdout)
     return folder
 

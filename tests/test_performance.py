@@ -67,7 +67,7 @@ def test_the_split_gives_each_line_of_train_its_time(tmp_path):
     assert split["yield  # slow"] > 0.02 > split["yield  # quick"] > 0.01
 
 
-def test_another_revision_s_scripts_run_beside_these(monkeypatch):
+def test_another_revision_s_scripts_run_beside_these(capsys):
     if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=False).returncode:
         pytest.skip("not a git checkout")
     with throughput.old_scripts("HEAD") as folder:
@@ -76,8 +76,9 @@ def test_another_revision_s_scripts_run_beside_these(monkeypatch):
         )
     with throughput.old_scripts("HEAD~0") as folder:
         assert Path(folder, "sac_discrete_HEAD_0.py").exists()  # a name that Python can import
-    with pytest.raises(SystemExit, match="--against nonsense"):
+    with pytest.raises(SystemExit, match="2"):
         throughput.old_scripts("nonsense")
+    assert capsys.readouterr().err.startswith("throughput.py: --against nonsense: ")
 
 
 def test_a_measurement_that_is_stopped_keeps_what_it_has_found(tmp_path, monkeypatch):

@@ -4,8 +4,10 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import optuna
@@ -54,14 +56,13 @@ def test_an_optuna_study_tells_optuna_what_its_runs_returned(scalars, capsys):
 def test_a_study_prunes_what_fails_and_ends_at_what_is_refused(monkeypatch):
     codes = iter([1, 2, 0])
 
-    def run(command, check):
-        code = next(codes)
+    def run(command):
         folder = Path("runs", command[command.index("--run-name") + 1])
         folder.mkdir(parents=True)
         (folder / "scalars.csv").write_text("step,tag,value\n0,charts/episodic_return,9\n5,eval/episodic_return,7\n")
-        return subprocess.CompletedProcess(command, code)
+        return next(codes)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(optuna_study, "run", run)
     with pytest.raises(SystemExit) as refused:
         optuna_study.main(optuna_study.Args(trials=2), [])
     assert refused.value.code == 2
@@ -72,6 +73,29 @@ def test_a_study_prunes_what_fails_and_ends_at_what_is_refused(monkeypatch):
     codes = iter([1])
     with pytest.raises(SystemExit, match="no trial has finished"):
         optuna_study.main(optuna_study.Args(trials=1, study="other"), [])
+
+
+def test_ctrl_c_waits_for_the_trial_to_save_itself():
+    """It reaches both, as from a terminal. The run here takes longer to save itself than subprocess.run would wait."""
+    Path("klac_discrete.py").write_text("""
+import pathlib, sys, time
+try:
+    pathlib.Path("begun").touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)
+    pathlib.Path("saved").touch()
+    sys.exit(130)
+""")
+    setting = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "start_new_session": True}
+    study = subprocess.Popen([sys.executable, "-m", "benchmark.optuna_study"], **setting)
+    while not Path("begun").exists():
+        assert study.poll() is None
+        time.sleep(0.1)
+    os.killpg(study.pid, signal.SIGINT)
+    assert study.wait(60) == 130
+    assert Path("saved").exists()
+    assert [trial.state for trial in study_of("study").trials] == [TrialState.FAIL]
 
 
 @pytest.mark.parametrize(("flags", "words"), [
@@ -88,10 +112,7 @@ def test_what_a_study_cannot_take_is_refused_in_one_line(capsys, flags, words):
 
 
 def test_several_studies_that_begin_at_once_share_one():
-    code = "import subprocess; from benchmark import optuna_study as s; "
-    code += (
-        "subprocess.run = lambda command, check: subprocess.CompletedProcess(command, 1); s.main(s.Args(trials=3), [])"
-    )
+    code = "from benchmark import optuna_study as s; s.run = lambda command: 1; s.main(s.Args(trials=3), [])"
     setting = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "stderr": subprocess.PIPE, "text": True}
     several = [subprocess.Popen([sys.executable, "-c", code], **setting) for _ in range(3)]
     errors = [process.communicate()[1] for process in several]
