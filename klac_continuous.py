@@ -308,9 +308,9 @@ def train(args: Args) -> Path:
     target_entropy = -float(d) if args.target_entropy is None else args.target_entropy  # SAC's heuristic, in nats
     args = replace(args, target_entropy=target_entropy, anneal_timesteps=args.anneal_timesteps or args.total_timesteps)
     lowest, highest = entropy_range(box)
-    for name in ("p_start", "p_end"):
-        check_range(args, name, 0, (1 - 2**-52) ** d)  # beyond which p ** (1 / d) is 1
     if args.autotune and args.anneal:
+        for name in ("p_start", "p_end"):
+            check_range(args, name, 0, (1 - 2**-52) ** d)  # beyond which p ** (1 / d) is 1
         entropies = [exploit_entropy(p, 1.0, d) for p in (args.p_start, args.p_end)]  # r adds d log r
         least, most = math.exp((lowest - min(entropies)) / d), math.exp((highest - max(entropies)) / d)
         check_range(args, "exploit_radius", least, most, " for this box; with p closer together the range is wider")
@@ -455,6 +455,16 @@ class NotFinite(FloatingPointError):
 def require(valid: bool, message: str) -> None:
     if not valid:
         raise UsageError(message)
+
+
+def say(words: str, file=None) -> None:
+    """Prints a line. One that a closed pipe, a full disk or a terminal that is gone does not take ends no run."""
+    try:
+        print(words, file=file, flush=True)
+    except BrokenPipeError:  # which would be raised again at the end of the process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+    except (OSError, RuntimeError):  # RuntimeError: a signal's handler interrupted another line
+        pass
 
 
 @contextmanager
@@ -688,9 +698,9 @@ class Run:
         except BaseException:
             self.close()
             raise
-        if not isinstance(env.unwrapped.observation_space, gym.spaces.Box):
-            flattened = f"{env.unwrapped.observation_space!s:.100}"
-            print(f"observations flattened, from {flattened} to {env.observation_space.shape}", flush=True)
+        if isinstance(env.env, gym.wrappers.FlattenObservation):
+            flattened = f"{env.env.env.observation_space!s:.100}"
+            say(f"observations flattened, from {flattened} to {env.observation_space.shape}")
 
     def open(self, args: Args, algorithm: str) -> None:
         """With --resume, locks the folder and reads what it holds. Raises UsageError if other flags began the run."""
@@ -710,11 +720,12 @@ class Run:
                 torch.compile(torch.sin)(torch.zeros(8, device=self.device))
             except Exception as error:  # torch raises many
                 self.args.compile = False
-                print(f"not compiled, and slower: {' '.join(str(error).split()):.150}", file=sys.stderr, flush=True)
+                say(f"not compiled, and slower: {' '.join(str(error).split()):.150}", sys.stderr)
         self.config = {**asdict(self.args), "env_kwargs": list(args.env_kwargs), "algorithm": algorithm}
+        self.was_tracked = began.get("track", False)
         free = {"run_name", "resume", "checkpoint_interval", "eval_episodes", "eval_interval", "capture_video"}
         free |= {"evaluate", "track", "wandb_project_name", "wandb_entity"}
-        if self.config.get("anneal") is False:
+        if not (self.config.get("anneal") and self.config.get("autotune")):
             free.add("anneal_timesteps")  # of a schedule that is not used
         for flag, now in self.config.items() if began else ():
             before = began.get(flag)
@@ -724,7 +735,7 @@ class Run:
             longer = args.total_timesteps > began["total_timesteps"]
             words = f"{self.folder} is finished, its checkpoint gone"
             require(not longer, f"--total-timesteps {args.total_timesteps}: {words}")
-            print(f"{self.folder}: finished already, after {args.total_timesteps} steps")
+            say(f"{self.folder}: finished already, after {args.total_timesteps} steps")
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)  # if it was killed right here, the last time
 
     def own(self) -> None:
@@ -733,8 +744,11 @@ class Run:
             self.lock = (self.folder / "lock").open("a+")
         self.lock.seek(0)
         holder = self.lock.read().strip() or "another process"
-        with refusing(f"--run-name {self.folder.name}: {holder} is running it"):
+        try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            why = f"{holder} is running it" if isinstance(error, BlockingIOError) else f"it cannot be locked: {error}"
+            raise UsageError(f"--run-name {self.folder.name}: {why}") from error
         self.lock.truncate(0)
         os.register_at_fork(after_in_child=self.lock.close)  # a worker of the environment's may outlive this process
         print(f"process {os.getpid()} on {platform.node()}", file=self.lock, flush=True)
@@ -745,7 +759,7 @@ class Run:
         """The functions, with --compile each as one graph (on a GPU captured as CUDA graphs)."""
         if not self.args.compile:
             return functions
-        print("compiling at the first update: about a minute the first time on this machine", flush=True)
+        say("compiling at the first update: about a minute the first time on this machine")
         torch.compiler.reset()  # of earlier runs in this process
         torch.empty(30 * 2**20, dtype=torch.uint8)  # freed at once: from then on glibc keeps what is freed for the next
         mode = "reduce-overhead" if self.device.type == "cuda" else None
@@ -796,7 +810,7 @@ class Run:
                     self.handlers[number] = signal.signal(number, self.stop)
         torch.set_flush_denormal(True)  # Adam's moments of units that died decay into such numbers, which are slow
         start = f"{self.config['algorithm']} on {self.args.env_id} ({self.device}), from step {self.step}"
-        print(f"{self.folder}: {start}", flush=True)
+        say(f"{self.folder}: {start}")
         self.next_checkpoint, self.next_flush = self.step + self.args.checkpoint_interval, 0.0
         self.began = time.perf_counter()
 
@@ -818,7 +832,7 @@ class Run:
         self.wandb.define_metric("*", step_metric="global_step")
         rows = self.folder / "scalars.csv"
         self.tracked_step = -1  # what was logged until the kill is not sent again
-        if rows.exists():
+        if self.was_tracked and rows.exists():
             whole_rows = rows.read_bytes().rpartition(b"\n")[0]
             last = whole_rows.rpartition(b"\n")[2].partition(b",")[0]
             if last.isdigit():
@@ -844,7 +858,7 @@ class Run:
         if number == signal.SIGHUP:  # the terminal is gone, which may be said more than once
             signal.signal(number, signal.SIG_IGN)
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        print("stopping at the end of this episode; once more to stop now", file=sys.stderr, flush=True)
+        say("stopping at the end of this episode; once more to stop now", sys.stderr)
 
     def __enter__(self):
         return self
@@ -873,7 +887,8 @@ class Run:
     def steps(self):
         """The environment steps that are left, with a bar on a terminal, and evaluations between them."""
         total, interval = self.args.total_timesteps, self.args.eval_interval
-        self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True, disable=None)
+        hidden = None if sys.stderr else True  # None: where it is no terminal
+        self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True, disable=hidden)
         for step in range(self.step, total):
             self.step = step
             if interval is not None and step > 0 and step % interval == 0:
@@ -892,10 +907,10 @@ class Run:
             plain = replace(args, capture_video=False)
             log["eval/stochastic_return"] = evaluate(actor, plain, self.folder, deterministic=False).mean()
             if returns.mean() > self.best_return:
-                self.best_return = float(returns.mean())
-                best = {"args": self.config, "step": self.step, "episodic_return": self.best_return}
+                best = {"args": self.config, "step": self.step, "episodic_return": float(returns.mean())}
                 with self.warning("best_actor.pt"):
                     save({**best, "actor": actor.state_dict()}, self.folder / "best_actor.pt")
+                    self.best_return = best["episodic_return"]
         self.log(self.step, log)
         if self.first_update is not None:  # so that charts/SPS leaves it out
             self.first_update = self.first_update[0], self.first_update[1] + time.perf_counter() - began
@@ -907,7 +922,7 @@ class Run:
         try:
             yield
         except OSError as error:
-            print(f"step {self.step}: {self.folder}: {what}: not written: {error}", file=sys.stderr, flush=True)
+            say(f"step {self.step}: {self.folder}: {what}: not written: {error}", sys.stderr)
 
     def tensorboard(self, method: str, *values) -> None:
         """Calls a method of TensorBoard's writer, but not again once it failed: a full disk has ended its thread."""
@@ -962,7 +977,7 @@ class Run:
         self.bar.set_postfix_str(status)
         if self.bar.disable and self.step // self.args.log_interval % 10 == 0:
             left = (self.args.total_timesteps - self.step) / max(log["charts/SPS"], 1)
-            print(f"step {self.step}: {status}, {log['charts/SPS']:.0f} steps/s, {left:.0f} s left", flush=True)
+            say(f"step {self.step}: {status}, {log['charts/SPS']:.0f} steps/s, {left:.0f} s left")
 
     def hours_taken(self) -> float:
         """Hours of the run so far, without its pauses."""
@@ -996,7 +1011,7 @@ class Run:
             self.saved_step = self.step + 1
         if self.stopped_by is not None:
             last = f"the same command with --resume goes on from step {self.saved_step}"
-            print(f"{self.folder}: stopped; {last}", flush=True)
+            say(f"{self.folder}: stopped; {last}")
             raise KeyboardInterrupt(self.stopped_by)
 
     def finish(self, **networks: nn.Module) -> None:
@@ -1005,7 +1020,7 @@ class Run:
         states = {name: network.state_dict() for name, network in networks.items()}
         require_finite(states)
         returns = self.evaluate(self.args)
-        print(f"{self.folder}: deterministic return {summary(returns)}")
+        say(f"{self.folder}: deterministic return {summary(returns)}")
         self.flush()
         os.fsync(self.csv.fileno())
         save({"args": self.config, **states}, self.folder / "actor.pt")
@@ -1034,11 +1049,22 @@ def provenance() -> dict:
     return found
 
 
+class Filmed(gym.wrappers.RecordVideo):
+    """Clips, of which one that a full disk does not take is given up."""
+
+    def stop_recording(self):
+        try:
+            super().stop_recording()
+        except OSError as error:
+            say(f"{self.video_folder}: a clip is not written: {error!s:.150}", sys.stderr)
+            self.recorded_frames, self.recording = [], False
+
+
 def film(env: gym.Env, args: Args, folder: Path, prefix: str = "clip") -> gym.Env:
     """With --capture-video, the environment with clips of its episodes 0, 1, 8, 27, ... in the folder."""
     if not args.capture_video:
         return env
-    return gym.wrappers.RecordVideo(env, str(folder), name_prefix=prefix, video_length=300, gc_trigger=None)
+    return Filmed(env, str(folder), name_prefix=prefix, video_length=300, gc_trigger=None)
 
 
 def evaluate(actor: nn.Module, args: Args, video: Path, deterministic: bool = True) -> np.ndarray:
@@ -1046,8 +1072,9 @@ def evaluate(actor: nn.Module, args: Args, video: Path, deterministic: bool = Tr
     own: an evaluation changes nothing in a run."""
     env = film(make_env(args, args.capture_video), args, video)
     rng, returns = np.random.default_rng([args.seed, 1]), np.zeros(args.eval_episodes)
-    for episode in range(args.eval_episodes):
-        (obs, _), done = env.reset(seed=int(rng.integers(2**31))), False
+    seeds = rng.integers(2**31, size=args.eval_episodes)  # the same ones, whatever the policy draws
+    for episode, seed in enumerate(seeds):
+        (obs, _), done = env.reset(seed=int(seed)), False
         while not done:
             obs, reward, terminated, truncated, _ = env.step(act(actor, obs, None if deterministic else rng))
             returns[episode] += reward
@@ -1066,8 +1093,9 @@ def load_actor(flag: str, saved: str, args: Args, env: gym.Env) -> nn.Module:
     """The actor of a run's folder or file. Raises UsageError if it is damaged, of other spaces, or not finite."""
     valid = f"an earlier run's folder or actor.pt, for {env.observation_space} and {env.action_space}, and finite"
     with refusing(f"--{flag} {saved}: must be {valid}"):
-        actor, _ = make_networks(args, env)
-        actor.load_state_dict(load(Path(saved))["actor"])
+        state, (actor, _) = load(Path(saved)), make_networks(args, env)
+        require(state is not None, "nothing is saved there")
+        actor.load_state_dict(state["actor"])
         require(all(weights.isfinite().all() for weights in actor.parameters()), "it is not")
     return actor
 
@@ -1085,15 +1113,15 @@ def evaluate_run(args: Args) -> None:
         valid = name in kept or value in (getattr(Args, name), of_run.get(name))
         words = f"not with --evaluate, which plays the run as it was trained, with {of_run.get(name)}"
         require(valid, f"--{name.replace('_', '-')} {value}: {words}")
-    args = replace(args, **of_run)
     check_flags(args)
+    args = replace(args, **of_run)
     actor = load_actor("evaluate", args.evaluate, args, make_env(args))
     folder = saved if saved.is_dir() else saved.parent
     found = {"actor": saved.name, "step": state.get("step"), "seed": args.seed}
     for name in ("deterministic", "stochastic"):
         returns = evaluate(actor, args, folder / "videos" / f"evaluate-{name}", name == "deterministic")
         found[f"{name}_returns"] = returns.tolist()
-        print(f"{saved}: {name} return {summary(returns)}")
+        say(f"{saved}: {name} return {summary(returns)}")
     with refusing(f"--evaluate {saved}: evaluation.json is not written"):
         (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
 
@@ -1137,7 +1165,7 @@ def main() -> None:
             evaluate_run(args)
     except (UsageError, NotFinite) as error:
         words = " ".join([f"{Path(__file__).name}: {error}", *getattr(error, "__notes__", [])])
-        print(" ".join(words.split()), file=sys.stderr)
+        say(" ".join(words.split()), sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt as stopped:
         sys.exit(128 + (stopped.args[0] if stopped.args else signal.SIGINT))

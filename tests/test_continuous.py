@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import klac_continuous as klac
+import klac_discrete
 import sac_adaent_continuous as adaent
 import sac_continuous as sac
 import tests.envs
@@ -673,6 +674,12 @@ def test_where_no_radius_works_p_must_come_closer_together():
 
 def test_a_probability_whose_root_is_one_is_refused():
     assert accepted(klac, env_id="Hopper-v5", p_end=1 - 2**-53).startswith("--p-end 0.9999999999999999: must be in (")
+
+
+@pytest.mark.parametrize("unused", [{"anneal": False}, {"autotune": False, "alpha": 0.2}])
+def test_a_p_that_is_not_used_is_not_refused(unused):
+    assert accepted(klac, env_id="Drift-v0", p_start=2.0, **unused) is None
+    assert accepted(klac_discrete, env_id="Walk-v0", p_start=2.0, **unused) is None
 
 
 def test_where_no_radius_works_none_is_suggested():

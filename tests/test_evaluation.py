@@ -11,6 +11,7 @@ import torch
 
 import klac_discrete
 import sac_discrete
+import sac_v_continuous
 from tests.conftest import two_of
 from tests.test_resume import FLAGS, TINY
 from tests.test_runs import SCRIPTS
@@ -100,6 +101,53 @@ def test_the_best_actor_is_played_from_its_file(run_script, capsys):
     assert np.mean(written["deterministic_returns"]) == pytest.approx(best)
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_evaluations_of_two_policies_begin_with_the_same_seeds(monkeypatch, deterministic):
+    played, args = [], sac_discrete.Args(env_id="CartPole-v1", eval_episodes=5)
+    real = sac_discrete.Checked.reset
+
+    def reset(self, **given):
+        played[-1].append(given["seed"])
+        return real(self, **given)
+
+    monkeypatch.setattr(sac_discrete.Checked, "reset", reset)
+    for weights in (1, 2):
+        played.append([])
+        torch.manual_seed(weights)
+        actor, _ = sac_discrete.make_networks(args, sac_discrete.make_env(args))
+        played[-1].append(list(sac_discrete.evaluate(actor, args, Path(), deterministic)))
+    (*seeds, returns), (*others, other_returns) = played
+    assert seeds == others
+    assert len(set(seeds)) == 1 + 5  # 0 is that of the checks
+    assert returns != other_returns
+
+
+def test_a_best_actor_that_a_full_disk_refused_is_written_at_the_next_good_evaluation(monkeypatch):
+    outcome, real = [9.0, 5.0, 3.0, 2.0, 2.0, 2.0], sac_discrete.save
+
+    def save(state, path):
+        if path.name == "best_actor.pt" and state["episodic_return"] == 9:
+            raise OSError(28, "No space left on device")
+        real(state, path)
+
+    def evaluate(actor, args, video, deterministic=True):
+        return np.array([outcome.pop(0) if deterministic else 0.0])
+
+    monkeypatch.setattr(sac_discrete, "evaluate", evaluate)
+    monkeypatch.setattr(sac_discrete, "save", save)
+    run_dir = sac_discrete.train(sac_discrete.Args(env_id="Walk-v0", run_name="it", **EVERY))
+    assert best_of(run_dir)[:2] == (300, 5)
+
+
+def test_a_policy_is_evaluated_by_a_sibling_of_the_same_actor(run_script, capsys):
+    """SAC of 2018 has no --autotune, whose default would ask for an --alpha that was learned."""
+    sac_v_continuous.train(sac_v_continuous.Args(env_id="Drift-v0", run_name="it", **TINY))
+    capsys.readouterr()
+    code, out, err = run_script("sac_continuous", "--evaluate", "runs/it", "--eval-episodes", 2)
+    assert (code, err) == (0, "")
+    assert out.startswith("runs/it: deterministic return ")
+
+
 def test_keyword_arguments_of_the_environment_are_kept(run_script, scalars):
     flags = ["--env-kwargs", "oddity=plain", "dtype=int32", "max_episode_steps=7"]
     command = ["--env-id", "OddPlain-v0", "--run-name", "it", *FLAGS]
@@ -125,6 +173,24 @@ def test_values_of_keyword_arguments_are_python_s():
     found = klac_discrete.env_kwargs(klac_discrete.Args(env_kwargs=tuple(pairs)))
     assert found == expected
     assert [type(value) for value in found.values()] == [type(value) for value in expected.values()]
+
+
+def test_flattening_is_said_where_it_is_done(capsys):
+    def turned():
+        to_box, box = lambda place: np.eye(3, dtype=np.float32)[place + 1], gym.spaces.Box(0, 1, (3,))
+        return gym.wrappers.TransformObservation(gym.make("PlaceObs-v0"), to_box, box)
+
+    def timed():
+        return gym.wrappers.TimeAwareObservation(gym.make("Walk-v0"), flatten=False)
+
+    for entry, words in ((turned, ""), (timed, "observations flattened, from Dict(")):
+        env_id = f"{entry.__name__.title()}-v0"
+        if env_id not in gym.registry:
+            gym.register(env_id, entry)
+        sac_discrete.train(sac_discrete.Args(env_id=env_id, **TINY | {"total_timesteps": 200}))
+        out = capsys.readouterr().out
+        assert words in out
+        assert ("flattened" in out) == bool(words)
 
 
 @pytest.mark.parametrize("kind", ["Dict", "Tuple", "Place"])

@@ -24,6 +24,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import wandb
 
 import klac_discrete
 import sac_continuous
@@ -419,6 +420,16 @@ def test_a_folder_that_cannot_be_had_is_refused_in_one_line(run_script, name):
     assert f"--run-name {name}: " in err
 
 
+def test_a_file_system_without_locks_is_told_from_a_second_process(run_script, monkeypatch):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    code, _, err = run_script("sac_discrete", "--env-id", "Walk-v0", "--run-name", "it", *FLAGS)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--run-name it: it cannot be locked: [Errno 38] Function not implemented" in err
+
+
 def test_a_lock_held_by_another_process_is_refused_in_this_one():
     args = sac_discrete.Args(env_id="Walk-v0", run_name="held", resume=True, **TINY)
     Path("runs/held").mkdir(parents=True)
@@ -471,6 +482,36 @@ def test_a_run_whose_terminal_is_closed_saves_itself(monkeypatch):
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP, shown
     assert torch.load("runs/it/checkpoint.pt", weights_only=True)["step"] > 0
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_ctrl_c_saves_the_run_though_whatever_read_its_output_is_gone(merged):
+    """As tee is, which the same Ctrl-C ends."""
+    flags = ["--total-timesteps", "1000000", "--checkpoint-interval", "1000000"]
+    command = command_of("sac_discrete", *flags, run_name="it")
+    errors = subprocess.STDOUT if merged else subprocess.PIPE
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, **SETTING)
+    while "steps/s" not in process.stdout.readline():
+        assert process.poll() is None
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    assert torch.load("runs/it/checkpoint.pt", weights_only=True)["step"] > 0
+
+
+def test_a_run_whose_log_is_on_a_full_disk_goes_on():
+    with open("/dev/full", "w") as full:
+        command = [*command_of("sac_discrete", run_name="it"), "--log-interval", "1"]
+        process = subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE, **SETTING)
+        process.communicate(timeout=60)
+    assert Path("runs/it/actor.pt").exists()
+
+
+def test_a_run_without_standard_error_trains():
+    command = ["bash", "-c", 'exec "$@" 2>&-', "bash", *command_of("sac_discrete", run_name="it")]
+    result = subprocess.run(command, stdout=subprocess.PIPE, check=False, **SETTING)
+    assert result.returncode == 0
+    assert "deterministic return" in result.stdout
 
 
 def test_train_called_in_a_notebook_saves_on_ctrl_c_and_gives_the_handlers_back():
@@ -659,6 +700,23 @@ def test_wandb_has_no_row_that_scalars_csv_lacks():
         for step in (1, 2, 3):
             run.log(step, {"a": 0.5})
     assert sent == [(2, "2,a,0.5"), (3, "3,a,0.5")]
+
+
+@pytest.mark.parametrize("was_tracked", [True, False])
+def test_a_run_that_was_not_tracked_so_far_sends_wandb_all_since_its_checkpoint(monkeypatch, was_tracked):
+    """Of one that was, the rows in scalars.csv are there."""
+    args = unfinished(sac_discrete)
+    saved, rows = torch.load("runs/unfinished/checkpoint.pt", weights_only=True), Path("runs/unfinished/scalars.csv")
+    saved["args"]["track"] = was_tracked
+    torch.save(saved, "runs/unfinished/checkpoint.pt")
+    rows.write_text(rows.read_text() + f"{args.total_timesteps - 1},charts/episodic_return,1\n")
+    sent = []
+    here = SimpleNamespace(define_metric=lambda *a, **k: None, finish=lambda exit_code: None)
+    here.log = lambda scalars, step: sent.append(step)
+    monkeypatch.setattr(wandb, "init", lambda **settings: here)
+    sac_discrete.train(replace(args, track=True))
+    assert sent
+    assert (min(sent) < args.total_timesteps - 1) == (not was_tracked)
 
 
 def test_a_checkpoint_knows_its_rows_when_the_disk_was_full_before_it(monkeypatch):

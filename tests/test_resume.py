@@ -346,7 +346,8 @@ def test_the_first_step_after_a_resume_has_a_speed(scalars):
 
 
 @pytest.mark.parametrize(("module", "flags"), [(sac_discrete, {}), (klac_discrete, {"anneal_timesteps": 700}),
-                                               (klac_discrete, {"anneal": False})])  # fmt: skip
+                                               (klac_discrete, {"anneal": False}),
+                                               (klac_discrete, {"autotune": False, "alpha": 0.2})])  # fmt: skip
 def test_a_run_may_be_lengthened_where_the_schedule_stays(scalars, module, flags):
     args = unfinished(module, **flags)
     args.total_timesteps = 1200

@@ -194,7 +194,7 @@ BAD_KLAC = [
     (["--p-start", "0.0"], ["--p-start 0.0: must be in ("]),
     (["--beta", "inf"], ["--beta inf", "finite"]),
     (["--anneal-timesteps", "0"], ["--anneal-timesteps 0", "positive"]),
-    (["--reference", "missing.pt"], ["--reference missing.pt", "actor"]),
+    (["--reference", "missing.pt"], ["--reference missing.pt", "actor", "nothing is saved there"]),
 ]
 BAD_DISCRETE = [
     (["--env-id", "Sequest-v1"], ["--env-id Sequest-v1", "Seaquest-v1"]),
@@ -328,6 +328,25 @@ def test_video_can_be_watched_and_changes_no_number(run_script, name, env_id):
         assert any((frame != frames[0]).any() for frame in frames)
     filmed, plain = (actor_of(Path("runs", name)) for name in ("filmed", "plain"))
     assert all(torch.equal(filmed[name], plain[name]) for name in plain)
+
+
+def test_a_clip_that_a_full_disk_does_not_take_is_given_up(monkeypatch, capsys):
+    real, clips = gym.wrappers.RecordVideo.stop_recording, []
+
+    def stop_recording(self):
+        clips.append(self._video_name)
+        if len(clips) == 1:
+            raise OSError(28, "No space left on device")
+        real(self)
+
+    monkeypatch.setattr(gym.wrappers.RecordVideo, "stop_recording", stop_recording)
+    flags = {"total_timesteps": 300, "learning_starts": 100, "log_interval": 50, "eval_episodes": 1, "compile": False}
+    run_dir = klac_discrete.train(klac_discrete.Args(env_id="CartPole-v1", capture_video=True, **flags))
+    written = {path.stem for path in run_dir.glob("videos/train/*.mp4")}
+    assert clips[0] not in written
+    assert clips[1] in written
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("videos/train: a clip is not written: [Errno 28] No space left on device")
 
 
 def test_what_cannot_be_rendered_is_refused(run):
