@@ -282,7 +282,7 @@ def real_list(monkeypatch, n=2):
     lines = []
     for name, seed in itertools.product(("sac_discrete", "klac_discrete"), range(1, n + 1)):
         shutil.copy(ROOT / f"{name}.py", ".")
-        line = f"python {name}.py --env-id CartPole-v1 --total-timesteps 3000 --learning-starts 500 --eval-episodes 2"
+        line = f"python {name}.py --env-id CartPole-v1 --total-timesteps 2000 --learning-starts 500 --eval-episodes 2"
         line += " --no-compile"
         lines.append(
             f"{line} --checkpoint-interval 300 --log-interval 20 --seed {seed} --run-name {name}-{seed} --resume"

@@ -173,10 +173,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(scalars):
 
 
 def test_a_stopped_script_saves_itself_and_says_how_to_go_on(scalars):
-    flags = TINY | {"total_timesteps": 4000, "checkpoint_interval": 10**6, "anneal": False, "run_name": "whole"}
+    flags = TINY | {"total_timesteps": 1500, "checkpoint_interval": 10**6, "anneal": False, "run_name": "whole"}
     whole = klac_continuous.train(klac_continuous.Args(env_id="tests.envs:Drift-v0", **flags))
     command = [sys.executable, str(ROOT / "klac_continuous.py"), "--env-id", "tests.envs:Drift-v0", *FLAGS]
-    command += ["--total-timesteps", "4000", "--checkpoint-interval", "1000000", "--no-anneal"]
+    command += ["--total-timesteps", "1500", "--checkpoint-interval", "1000000", "--no-anneal"]
     command += ["--run-name", "stopped", "--resume"]
     setting = {"env": os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, "text": True}
     step = 0
@@ -189,14 +189,14 @@ def test_a_stopped_script_saves_itself_and_says_how_to_go_on(scalars):
         assert process.returncode == code, err
         assert "once more to stop now" in err
         before, step = step, klac_continuous.load(Path("runs/stopped"))["step"]
-        assert before < step < 4000
+        assert before < step < 1500
         assert f"the same command with --resume goes on from step {step}\n" in out
     finished = subprocess.run(command, **setting, capture_output=True, check=False)
     assert f"from step {step}" in finished.stdout
     same_run(scalars, whole, Path("runs/stopped"))
     again = subprocess.run(command, **setting, capture_output=True, check=False)
     assert (again.returncode, again.stderr) == (0, "")
-    assert again.stdout == "runs/stopped: finished already, after 4000 steps\n"
+    assert again.stdout == "runs/stopped: finished already, after 1500 steps\n"
 
 
 def test_a_second_ctrl_c_stops_at_once():

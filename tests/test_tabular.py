@@ -340,10 +340,18 @@ def test_the_continuous_bifurcation_asks_for_precision_where_it_pays_most():
 def test_the_deep_scripts_train_on_them(run_script):
     for name in ("sac_discrete", "klac_discrete"):
         flags = ["--env-id", "tabular:Bifurcation-v0", "--total-timesteps", 300, "--learning-starts", 100]
-        code, out, err = run_script(name, *flags, "--run-name", name, "--no-autotune", "--alpha", 0.1)
+        code, out, err = run_script(name, *flags, "--run-name", name, "--no-autotune", "--alpha", 0.1, "--no-compile")
         assert code == 0, err
         assert "deterministic return" in out
-    flags = ["--env-id", "tabular:BifurcationBox-v0", "--total-timesteps", 150, "--learning-starts", 100]
+    flags = [
+        "--env-id",
+        "tabular:BifurcationBox-v0",
+        "--total-timesteps",
+        150,
+        "--learning-starts",
+        100,
+        "--no-compile",
+    ]
     assert run_script("sac_adaent_continuous", *flags)[0] == 0
 
 
