@@ -221,6 +221,21 @@ def test_the_tables_of_the_five_games_are_the_committed_runs():
         assert "\n".join(lines) in page
 
 
+def test_the_table_of_the_full_length_is_the_committed_runs():
+    page = (ROOT / "docs/results.md").read_text().partition("## The paper's full length")[2].partition("\n## ")[0]
+    folder = ROOT / "results/seaquest_3m"
+    runs = pd.read_csv(folder / "summary.csv").set_index("algorithm").loc[["SAC", "KLAC"]]
+    assert (runs["steps"] == 3_000_000).all()
+    rows = {"return (random 0.1)": ("last 10%", ".1f"), "ten best episodes": ("best 10", ".1f")}
+    rows |= {"argmax policy at the end": ("argmax", ".1f"), "Q minus return": ("Q - return", ".1f")}
+    rows |= {"alpha at the end": ("alpha", ".2g")}
+    for name, (column, digits) in rows.items():
+        assert f"| {name} | {' | '.join(f'{x:{digits}}' for x in runs[column])} |" in page
+    readme = (ROOT / "README.md").read_text()
+    sac, klac = runs["last 10%"]
+    assert re.search(rf"3M steps, one seed, SAC\s+returns {sac:.1f} and\s+KLAC {klac:.1f}", readme)
+
+
 def test_ants_table_is_the_committed_runs():
     columns = ["seed", "algorithm", "last_return", "evaluation", "q_minus_return"]
     summary = pd.read_csv(ROOT / "results/prefix/figures/summary.csv").query("task == 'Ant-v5'")[columns]
