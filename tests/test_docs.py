@@ -236,6 +236,22 @@ def test_the_table_of_the_full_length_is_the_committed_runs():
     assert re.search(rf"3M steps, one seed, SAC returns {sac:.1f} and KLAC\s+{klac:.1f}", readme)
 
 
+def test_mujocos_table_is_the_committed_runs():
+    page = (ROOT / "docs/results.md").read_text().partition("## MuJoCo, with the schedule completed")[2]
+    table = iter(page.partition("| 100,000 steps |")[2].partition("\n\n")[0].splitlines()[2:])
+    rows = {"return": "last_return", "ten best episodes": "score"}
+    rows |= {"argmax policy at the end": "evaluation", "Q minus return": "q_minus_return"}
+    for task, runs in pd.read_csv(ROOT / "results/mujoco/summary.csv").groupby("task"):
+        assert (runs["budget"] == 100_000).all()
+        first = f"{task} (random {runs['random'].mean():.0f}) "
+        for name, column in rows.items():
+            of = [runs[runs["algorithm"] == each].sort_values("seed") for each in ("SAC", "KLAC", "KLAC-ab")]
+            cells = " ".join(f"{a_number_a_seed(each, {column: '.0f'})} |" if len(each) else "|" for each in of)
+            assert next(table) == f"| {first}| {name} | {cells}"
+            first = ""
+    assert next(table, None) is None
+
+
 def test_ants_table_is_the_committed_runs():
     columns = ["seed", "algorithm", "last_return", "evaluation", "q_minus_return"]
     summary = pd.read_csv(ROOT / "results/prefix/figures/summary.csv").query("task == 'Ant-v5'")[columns]
