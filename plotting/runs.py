@@ -34,7 +34,6 @@ KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps", "
 KINDS = {"env_id": str, "algorithm": str, "seed": int, "total_timesteps": int, "learning_starts": int}  # in args.json
 VERSION = 8  # of what is cached
 HEADER = b"step,tag,value\n"
-UNREADABLE = "cannot be read"
 ROWS = re.compile(rb'(?:\d{1,15},[^,"\x00-\x1f\x7f-\xff]+,-?(?:\d+(?:\.\d+)?(?:e[+-]\d+)?|inf|nan)\n)*+')
 
 
@@ -200,7 +199,7 @@ def read_run(run_dir: Path) -> Run:
             problem = f"unfinished, at {place}"
         return summarise(run_dir.name, args, scalars, problem)
     except Exception as error:  # of the file system, pandas or TensorBoard, which raise another one for each damage
-        return Run(run_dir.name, f"{UNREADABLE}: {error}")
+        return Run(run_dir.name, f"cannot be read: {error}")
 
 
 def read_cached(task: tuple[Path, Path]) -> Run:
@@ -217,7 +216,7 @@ def read_cached(task: tuple[Path, Path]) -> Run:
     except (OSError, ValueError, KeyError):
         pass  # no cache, or not a whole one
     run = read_run(run_dir)
-    if run.problem is not None and run.problem.startswith(UNREADABLE):  # which may pass, and no file says so
+    if run.summary is None:  # the reason may pass, and no file says so
         return run
     partial = path.with_suffix(f".{multiprocessing.current_process().pid}")
     partial.write_text(json.dumps({"key": key, **vars(run)}))

@@ -223,8 +223,7 @@ def test_the_tables_of_the_five_games_are_the_committed_runs():
 
 def test_the_table_of_the_full_length_is_the_committed_runs():
     page = (ROOT / "docs/results.md").read_text().partition("## The paper's full length")[2].partition("\n## ")[0]
-    folder = ROOT / "results/seaquest_3m"
-    runs = pd.read_csv(folder / "summary.csv").set_index("algorithm").loc[["SAC", "KLAC"]]
+    runs = pd.read_csv(ROOT / "results/seaquest_3m/summary.csv").set_index("algorithm").loc[["SAC", "KLAC"]]
     assert (runs["steps"] == 3_000_000).all()
     rows = {"return (random 0.1)": ("last 10%", ".1f"), "ten best episodes": ("best 10", ".1f")}
     rows |= {"argmax policy at the end": ("argmax", ".1f"), "Q minus return": ("Q - return", ".1f")}
