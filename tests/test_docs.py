@@ -301,6 +301,12 @@ def test_the_tables_of_the_completed_schedule_are_the_committed_runs():
     scores = means.div(means.max(axis=1), axis=0).mean()
     assert f"| mean score | {' | '.join(f'{score:.2f}' for score in scores)} |" in page
     assert scores.idxmax() == f"KLAC, beta {klac_discrete.Args.beta}"
+    warm_up = pd.read_csv(ROOT / "results/beta/curves.csv").query("step <= 20_000 and algorithm == 'SAC'")
+    a_step = (warm_up["return"] / warm_up["length"]).groupby([warm_up["task"], warm_up["seed"]]).mean().unstack()
+    cells = [", ".join(f"{x:.4f}" for x in seeds) for seeds in a_step.to_numpy()]
+    assert f"| seeds 1 and 2 | {' | '.join(cells)} |" in page
+    means = a_step.mean(axis=1)
+    assert f"gives Asterix {means['Asterix-v1'] / means['Seaquest-v1']:.1f} times Seaquest's" in page
 
 
 def test_the_table_of_asked_and_realised_is_the_committed_runs():
