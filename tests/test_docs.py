@@ -56,6 +56,19 @@ def test_the_code_of_the_page_on_loading_runs(capsys):
         assert env.action_space.contains(action)
 
 
+def test_an_environment_of_ones_own_is_found_as_its_page_says(tmp_path):
+    ((block, command),) = [
+        (block, next(line for _, line in COMMANDS if "my_envs:" in line))
+        for page, kind, block in BLOCKS
+        if page.name == "environments.md" and kind == "python"
+    ]
+    (tmp_path / "my_envs.py").write_text(block)
+    shutil.copy(ROOT / "klac_discrete.py", tmp_path)
+    words = [sys.executable, *command.split()[1:], "--run-name", "it", "--no-compile", "--total-timesteps", "1200"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "KLAC-b on my_envs:Corridor-v0" in done.stdout
+
+
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {command}"[:80] for page, command in COMMANDS])
 def test_every_command_has_flags_that_exist(page, command):
     """Runs what takes seconds, and parses the flags of what trains or draws."""
