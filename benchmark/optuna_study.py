@@ -3,12 +3,13 @@
     python -m benchmark.optuna_study --trials 20 --env-id Asterix-v1 --total-timesteps 500000
 
 What is not a flag of this file is one of klac_discrete.py, which must be in the current folder. A trial is the run
-runs/STUDY__NUMBER. The same command goes on with the study, which is in STUDY.db; several at once share it. A run that
-fails, as one whose loss is not finite does, is a pruned trial; flags that cannot work end the study.
+runs/STUDY__NUMBER. The same command goes on with the study, which is in STUDY.db and keeps its flags; several at once
+share it. A run that fails, as one whose loss is not finite does, is a pruned trial; flags that cannot work end the study.
 """
 
 import fcntl
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ import pandas as pd
 import tyro
 from optuna.trial import TrialState
 
+ENDED = [TrialState.COMPLETE, TrialState.PRUNED]
+
 
 @dataclass
 class Args:
     trials: int = 20
-    """trials of the study, those of earlier calls included"""
+    """trials of the study, those of earlier calls included (what several at once have begun, they finish)"""
     study: str = "study"
     """name of the study"""
 
@@ -38,7 +41,7 @@ def run(command: list[str]) -> int:
 
 
 def main(args: Args, flags: list[str]) -> None:
-    chosen = {"--run-name", "--beta", "--p-end"}
+    chosen = {"--run-name", "--beta", "--p-end", "--bias", "--no-bias"}
     wrong = [f"{flag}: the study chooses it" for flag in flags if flag.partition("=")[0].replace("_", "-") in chosen]
     if args.trials < 1:
         wrong.append(f"--trials {args.trials}: must be at least 1")
@@ -51,7 +54,13 @@ def main(args: Args, flags: list[str]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)  # of several at once, one makes the tables
         storage = f"sqlite:///{args.study}.db"
         study = optuna.create_study(study_name=args.study, storage=storage, direction="maximize", load_if_exists=True)
-    while (done := len(study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED]))) < args.trials:
+        if not study.trials:
+            study.set_user_attr("flags", flags)
+    if (begun := study.user_attrs.get("flags", flags)) != flags:
+        words = f"was begun with {shlex.join(begun) or 'no flags'}: another name begins another study"
+        print(f"optuna_study.py: --study {args.study}: {words}", file=sys.stderr)
+        sys.exit(2)
+    while len(study.get_trials(states=ENDED)) < args.trials:
         trial = study.ask()
         name = f"{args.study}__{trial.number}"
         beta, p_end = trial.suggest_float("beta", 0.001, 0.3, log=True), trial.suggest_float("p_end", 0.65, 0.95)
@@ -71,7 +80,7 @@ def main(args: Args, flags: list[str]) -> None:
         else:
             study.tell(trial, state=TrialState.FAIL)
             sys.exit(code)
-        print(f"{done + 1}/{args.trials} trials: {name}: {outcome}", flush=True)
+        print(f"{len(study.get_trials(states=ENDED))}/{args.trials} trials: {name}: {outcome}", flush=True)
     if not study.get_trials(states=[TrialState.COMPLETE]):
         sys.exit("no trial has finished")
     print(f"best: {args.study}__{study.best_trial.number}, {study.best_value:g} with {study.best_params}")

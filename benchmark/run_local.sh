@@ -27,23 +27,30 @@ done
 [[ $workers =~ ^[1-9][0-9]*$ ]] || fail "--workers $workers: must be a positive number"
 command -v parallel >/dev/null || fail "GNU parallel is not installed (Debian: apt install parallel)"
 exec 9>>"$list.lock" # inherited by every run: what a killed driver left going is not run twice
-flock -n 9 || { session=$(<"$list.lock"); fail "$list: already being run (to stop it: pkill -s $session 'parallel|python')"; }
+flock -n 9 || { session=$(<"$list.lock"); fail "$list: already being run${session:+ (to stop it: pkill -s $session 'parallel|python')}"; }
+: >"$list.lock"
 
 name_of() { sed -n 's/.*--run-name \([^ ]*\).*/\1/p' <<<"$1"; }
 logs=$list.logs failed=$list.failed todo=()
 mkdir -p "$logs"
-[[ -n $retry ]] && rm -f "$failed"
 touch "$failed"
 declare -A seen=()
+BEFORE=0
 while IFS= read -r line; do
   name=$(name_of "$line")
   [[ -n $name ]] || fail "$list: a line without --run-name: $line"
   [[ -z ${seen[$name]-} ]] || fail "$list: two lines of --run-name $name"
   seen[$name]=1
-  [[ -e runs/$name/actor.pt ]] && continue
-  grep -qxF "$name" "$failed" || todo+=("$line")
+  if [[ -e runs/$name/actor.pt ]]; then
+    ((++BEFORE))
+  elif [[ -n $retry ]] || ! grep -qxF "$name" "$failed"; then
+    todo+=("$line")
+  fi
 done < <(grep -v '^ *\(#\|$\)' "$list")
 total=$(grep -vc '^ *\(#\|$\)' "$list") || fail "$list: holds no command"
+# Forget the failures that are tried again, or were since finished by hand
+mapfile -t before <"$failed"
+for name in "${before[@]}"; do [[ -n $retry || -e runs/$name/actor.pt ]] || echo "$name"; done >"$failed"
 echo "${#todo[@]} runs to do, of $total"
 NAMES=$logs/.names # a file: an environment holds 128 KiB a variable
 for line in "${todo[@]}"; do name_of "$line"; done >"$NAMES"
@@ -54,7 +61,7 @@ progress() {
   while read -r name; do [[ -e runs/$name/actor.pt ]] && ((++finished)); done <"$NAMES"
   local minutes=$((($(date +%s) - START) * (TODO - finished) / (finished ? finished : 1) / 60))
   ((finished)) && left=", $((minutes / 60)) h $((minutes % 60)) min left"
-  echo "$((TOTAL - TODO + finished))/$TOTAL finished$left"
+  echo "$((BEFORE + finished))/$TOTAL finished$left"
 }
 
 # A run of the list: its output to its log; its name to the list of failures unless it was stopped by a signal
@@ -72,7 +79,7 @@ one() {
   return $code
 }
 export -f one name_of progress
-export LOGS=$logs FAILED=$failed NAMES TOTAL=$total TODO=${#todo[@]} OMP_NUM_THREADS=1
+export LOGS=$logs FAILED=$failed NAMES BEFORE TOTAL=$total TODO=${#todo[@]} OMP_NUM_THREADS=1
 START=$(date +%s)
 export START
 stopped=0

@@ -42,6 +42,7 @@ command -v sbatch >/dev/null || fail "sbatch is not there: SLURM's commands must
 
 exec 9>>"$list.lock"
 flock -n 9 || fail "$list: already being run, by run_local.sh, or being submitted"
+: >"$list.lock"
 name=klac-$(realpath "$list" | cksum | cut -d' ' -f1)
 queued=$(squeue --me --noheader --array --name "$name" --format %i) || fail "squeue does not answer"
 [[ -z $queued ]] || fail "$list: already submitted, $(wc -l <<<"$queued") runs are queued or running (scancel --name $name)"
@@ -49,7 +50,6 @@ queued=$(squeue --me --noheader --array --name "$name" --format %i) || fail "squ
 name_of() { sed -n 's/.*--run-name \([^ ]*\).*/\1/p' <<<"$1"; }
 logs=$list.logs failed=$list.failed todo=()
 mkdir -p "$logs"
-[[ -n $retry ]] && rm -f "$failed"
 touch "$failed"
 declare -A seen=()
 while IFS= read -r line; do
@@ -58,9 +58,12 @@ while IFS= read -r line; do
   [[ -z ${seen[$run]-} ]] || fail "$list: two lines of --run-name $run"
   seen[$run]=1
   [[ -e runs/$run/actor.pt ]] && continue
-  grep -qxF "$run" "$failed" || todo+=("$line")
+  [[ -z $retry ]] && grep -qxF "$run" "$failed" || todo+=("$line")
 done < <(grep -v '^ *\(#\|$\)' "$list")
 total=$(grep -vc '^ *\(#\|$\)' "$list") || fail "$list: holds no command"
+# Forget the failures that are tried again, or were since finished by hand
+mapfile -t before <"$failed"
+for run in "${before[@]}"; do [[ -n $retry || -e runs/$run/actor.pt ]] || echo "$run"; done >"$failed"
 echo "${#todo[@]} runs to do, of $total"
 
 # A task of the array: its line's run, its output to its log; its name to the list of failures unless a signal stopped it

@@ -1,6 +1,7 @@
 """The campaign's list, and the driver that runs a list on one machine."""
 
 import collections
+import fcntl
 import itertools
 import os
 import pty
@@ -178,6 +179,36 @@ def test_a_list_is_run_and_failures_are_named_and_retried_on_request():
     assert (fixed.returncode, fixed.stderr) == (0, "")
     assert logs()["r2"][-1] == "done"
     assert drive().returncode == 0
+
+
+@needs_parallel
+def test_a_run_that_failed_counts_as_finished_only_once_it_is():
+    write_list(bad=[1], steps=1, n=2)
+    assert drive().returncode == 1
+    write_list(bad=[1], steps=1, n=3)
+    assert "r2: finished; 2/3 finished" in drive().stdout
+    Path("list.txt").write_text(2 * Path("list.txt").read_text())
+    assert drive("--retry-failed").returncode == 2  # two lines of one name
+    assert Path("list.txt.failed").read_text() == "r1\n"
+    write_list(bad=[1], steps=1, n=3)
+    Path("runs/r1/actor.pt").touch()  # finished by hand
+    done = drive()
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@needs_parallel
+def test_how_to_stop_a_driver_is_said_of_its_own_session_alone():
+    write_list(steps=1)
+    Path("list.txt.lock").write_text("4242\n")  # a driver's of an earlier day
+    assert drive().returncode == 0
+    with open("list.txt.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        held = drive()
+    assert (held.returncode, held.stderr) == (2, "run_local.sh: list.txt: already being run\n")
+    Path("list.txt").write_text("true\n")  # refused before a run has begun
+    assert drive().returncode == 2
+    assert Path("list.txt.lock").read_text() == ""
 
 
 @needs_parallel

@@ -75,6 +75,19 @@ def test_a_study_prunes_what_fails_and_ends_at_what_is_refused(monkeypatch):
         optuna_study.main(optuna_study.Args(trials=1, study="other"), [])
 
 
+def test_a_study_goes_on_with_its_own_flags_alone(monkeypatch, capsys):
+    """The trials of two tasks are no study: the best of one would be said of the other."""
+    monkeypatch.setattr(optuna_study, "run", lambda command: 1)
+    for trials in (1, 2):
+        with pytest.raises(SystemExit, match="no trial has finished"):
+            optuna_study.main(optuna_study.Args(trials=trials), ["--env-id", "Asterix-v1"])
+    assert capsys.readouterr().out == "1/1 trials: study__0: failed\n2/2 trials: study__1: failed\n"
+    with pytest.raises(SystemExit, match="2"):
+        optuna_study.main(optuna_study.Args(trials=3), ["--env-id", "Breakout-v1"])
+    assert "--study study: was begun with --env-id Asterix-v1: " in capsys.readouterr().err
+    assert len(study_of("study").trials) == 2
+
+
 def test_ctrl_c_waits_for_the_trial_to_save_itself():
     """It reaches both, as from a terminal. The run here takes longer to save itself than subprocess.run would wait."""
     Path("klac_discrete.py").write_text("""
@@ -100,7 +113,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--beta", "0.1"], "--beta: the study chooses it"), (["--p_end=0.7"], "--p_end=0.7: the study chooses it"),
-    (["--run-name", "x"], "--run-name: "), (["--trials", "0"], "--trials 0: "), (["--study", "a/b"], "--study a/b: "),
+    (["--no-bias"], "--no-bias: the study chooses it"), (["--run-name", "x"], "--run-name: "), (["--trials", "0"], "--trials 0: "), (["--study", "a/b"], "--study a/b: "),
 ])  # fmt: skip
 def test_what_a_study_cannot_take_is_refused_in_one_line(capsys, flags, words):
     with pytest.raises(SystemExit, match="2"):
