@@ -158,13 +158,15 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
             chosen = (curves["task"] == task) & (curves["algorithm"] == algorithm)
             if not chosen.any():
                 continue
-            seeds = seeds_by_step(curves[chosen], quantity)
+            seeds, of = seeds_by_step(curves[chosen], quantity), curves[chosen]["seed"].nunique()
+            if 0 < seeds.shape[1] < of:
+                print(f"{task}, {algorithm}: {NAMES[quantity]}: of {seeds.shape[1]} of {of} seeds")
             style = {"color": colour, "linestyle": line}
             (lines[algorithm],) = axis.plot(seeds.index / unit, seeds.mean(axis=1, skipna=False), **style)
             if seeds.shape[1] > 1:
                 axis.plot(seeds.index / unit, seeds, **style, linewidth=0.6, alpha=0.5)
             if quantity == "kl" and "target_kl" in curves:
-                budget = curves[chosen].groupby("step")["target_kl"].mean()
+                budget = seeds_by_step(curves[chosen], "target_kl").mean(axis=1)
                 (wide,) = axis.plot(budget.index / unit, budget, color=BUDGET, linewidth=4, zorder=0)
                 lines["budget of the KL"] = wide
             if quantity == "evaluation":
@@ -182,7 +184,8 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
             axis.set_title(task)
         if row == len(show) - 1:
             axis.set_xlabel(f"environment steps ({unit_name})")
-    rows = {name: curves[curves["algorithm"] == name] for name in styles}
+    shown = curves.dropna(subset=list(show), how="all")
+    rows = {name: shown[shown["algorithm"] == name] for name in styles}
     labels = {name: f"{name} ({seeds_of(rows[name])})" if name in rows else name for name in lines}
     order = [*styles, *(name for name in lines if name not in styles)]
     gaps = curves.groupby(["task", "algorithm", "seed"])["step"].diff().mode()

@@ -322,18 +322,21 @@ def main(args: Args) -> None:
         absent = [task for task in NEEDS[number] if task not in set(here["task"])]
         if number in (1, 4):
             absent += [f"{task} (by SAC, better than random)" for task in normalise(here)[1]]
+        stem, numbers = args.out / f"figure{number}", None
         if absent:
             print(f"figure {number}: no runs of {', '.join(absent)}")
-        if len(absent) == len(NEEDS[number]):
-            continue
-        with plt.rc_context(style):
-            try:
-                figure, numbers = FIGURES[number](summary, curves)
-            except ValueError as error:
-                print(f"figure {number}: {error}")
-                continue
-            save(figure, args.out / f"figure{number}", dpi=200)
-        numbers.to_csv(args.out / f"figure{number}.csv", index=False, float_format="%.5g")
+        if len(absent) < len(NEEDS[number]):
+            with plt.rc_context(style):
+                try:
+                    figure, numbers = FIGURES[number](summary, curves)
+                    save(figure, stem, dpi=200)
+                except ValueError as error:
+                    print(f"figure {number}: {error}")
+        if numbers is None:  # one of other runs is not left beside these tables
+            for suffix in (".pdf", ".png", ".csv"):
+                stem.with_suffix(suffix).unlink(missing_ok=True)
+        else:
+            numbers.to_csv(f"{stem}.csv", index=False, float_format="%.5g")
     rows = table(summary)
     rows.to_csv(args.out / "table.csv", index=False, float_format="%.5g")
     (args.out / "table.md").write_text(markdown(rows) + "\n")

@@ -7,6 +7,8 @@ import math
 import multiprocessing
 import re
 import shlex
+from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,14 +221,19 @@ def read_cached(task: tuple[Path, Path]) -> Run:
     if run.summary is None:  # the reason may pass, and no file says so
         return run
     partial = path.with_suffix(f".{multiprocessing.current_process().pid}")
-    partial.write_text(json.dumps({"key": key, **vars(run)}))
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps({"key": key, **vars(run)}))
+        partial.replace(path)
+    except OSError:  # a full disk, or a folder that is another's: it is read anew the next time
+        with suppress(OSError):
+            partial.unlink()
     return run
 
 
 def read_folders(run_dirs: list[Path], cache: Path = Path(".cache/plotting")) -> list[Run]:
     """Reads the runs with a process a core and a progress bar; the second time from `cache`, where nothing changed."""
-    cache.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
     tasks = [(run_dir, cache) for run_dir in run_dirs]
     with multiprocessing.Pool() as pool:
         return list(tqdm(pool.imap(read_cached, tasks), total=len(tasks), unit="run", disable=None, desc="reading"))
@@ -252,6 +259,10 @@ def read_wandb(project: str) -> list[Run]:
                     scalars[tag] = (rows["global_step"].to_numpy(np.int64), rows[tag].to_numpy(np.float32))
             problem = None if run.state == "finished" else f"{run.state} in W&B"
             try:
+                (first, *_), (length, *_) = scalars["charts/episodic_length"]
+                evaluations, _ = scalars.get("eval/episodic_return", ([-1], []))
+                if first + 1 != length or evaluations[-1] != run.config["total_timesteps"]:
+                    problem = problem or "not whole in W&B"  # tracked from a resume on, or synced in part
                 found.append(summarise(run.name, dict(run.config), scalars, problem))
             except KeyError as error:
                 found.append(Run(run.name, f"has not logged {error.args[0]}"))
@@ -292,11 +303,28 @@ def tables(runs: list[Run], unfinished: bool, where=()) -> tuple[pd.DataFrame, p
                     print(f"left out: {run.name}: the same task, algorithm and seed as {first.name}")
     if not used:
         raise ValueError("no run is left to draw")
+    note_differences(used)
     ordered = [used[key] for key in sorted(used)]
     summary = pd.DataFrame([run.summary for run in ordered])
     labels = ["task", "algorithm", "seed"]
     curves = pd.concat([pd.DataFrame({**{k: r.summary[k] for k in labels}, **r.curves}) for r in ordered])
     return summary, curves.reset_index(drop=True)
+
+
+def note_differences(used: dict) -> None:
+    """Says which settings differ between the tasks and algorithms of the runs, {(task, algorithm, seed): run}, that are
+    drawn side by side or pooled: those of discrete and of continuous actions by themselves."""
+    for discrete in (True, False):
+        runs = {key: run for key, run in used.items() if ("target_entropy_scale" in run.settings) == discrete}
+        settings = set().union(*(run.settings for run in runs.values()))
+        for name in sorted(settings - {"bias", "anneal", "reference", "exploit_radius", "p_start", "env_kwargs"}):
+            places = defaultdict(set)
+            for (task, algorithm, _), run in runs.items():
+                if name in run.settings:
+                    places[comparable(run.settings[name])].add(f"{algorithm} on {task}")
+            common, *others = sorted(places, key=lambda value: (-len(places[value]), value))
+            for value in others:
+                print(f"note: {name} is {value}, not {common}, of {', '.join(sorted(places[value]))}")
 
 
 def holds(condition: str, settings: dict) -> bool:

@@ -54,6 +54,19 @@ def test_tables_and_figure_follow_from_the_runs(scalars):
     assert Path("out/curves.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_seeds_without_a_quantity_are_said_and_not_counted(monkeypatch, capsys):
+    rows = pd.DataFrame({"task": "T", "algorithm": "KLAC", "seed": np.repeat([1, 2, 3], 4), "step": [10, 20, 30, 40] * 3})
+    rows = rows.assign(kl=[0.1, np.nan, 0.1, np.nan] * 3, target_kl=[0.2, np.nan, 0.2, np.nan] * 3)
+    rows.loc[rows["seed"] > 1, ["kl", "target_kl"]] = np.nan
+    drawn = []
+    monkeypatch.setattr(curves, "save", lambda figure, stem, dpi: drawn.append(figure))
+    curves.draw(rows, pd.DataFrame({"task": ["T"], "random": [0.0]}), ("kl",), Path("out"))
+    assert capsys.readouterr().out == "T, KLAC: KL to the reference (nats): of 1 of 3 seeds\n"
+    assert "KLAC (n=1)" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    (budget,) = [line for line in drawn[0].axes[0].lines if line.get_color() == curves.BUDGET]
+    assert list(budget.get_ydata()[:3]) == [0.2] * 3  # an interpolated line, where bins are shorter than log intervals
+
+
 def labels(*settings):
     runs = [(pd.DataFrame(index=[0]), {"task": "A", "algorithm": "SAC"}, each) for each in settings]
     curves.tell_apart(runs)

@@ -341,6 +341,30 @@ def test_a_condition_on_a_setting_that_no_run_has_is_refused():
             runs.tables([run], False, where=[condition])
 
 
+def test_settings_that_differ_between_what_is_drawn_together_are_said(capsys):
+    def run(task, algorithm, seed, **settings):
+        summary = {"task": task, "algorithm": algorithm, "seed": seed, "budget": 600}
+        return runs.Run("x", None, summary, {"step": [1]}, {"target_entropy_scale": 0.9, "gamma": 0.9} | settings)
+
+    sac = [run(task, "SAC", seed) for task in "AB" for seed in (1, 2)]
+    alike = [run(task, "KLAC", seed, beta=0.01, anneal=True) for task in "AB" for seed in (1, 2)]
+    runs.tables([*sac, *alike, run("A", "KLAC-b", 1, anneal=False)], False)
+    assert capsys.readouterr().out == ""
+    other = [run("B", "KLAC", seed, beta=0.1, anneal=True) for seed in (1, 2)]
+    runs.tables([*sac, *alike[:2], *other, run("A", "KLAC-a", 1, beta=0.01)], False)
+    assert capsys.readouterr().out == "note: beta is 0.1, not 0.01, of KLAC on B\n"
+    longer = [run("B", "SAC", seed, gamma=0.99) for seed in (1, 2)]
+    runs.tables([*sac[:2], *alike[:2], *longer], False)
+    assert capsys.readouterr().out == "note: gamma is 0.99, not 0.9, of SAC on B\n"
+
+
+def test_figures_are_drawn_where_no_cache_can_be_written(tmp_path):
+    run_dir = short_run(sac_discrete, 1, "run")
+    (tmp_path / "file").write_text("")
+    (found,) = runs.read_folders([run_dir], tmp_path / "file" / "cache")
+    assert found.problem is None
+
+
 def test_copies_of_one_seed_are_no_larger_set():
     def run(name, seed, gamma):
         summary = {"task": "a", "algorithm": "SAC", "seed": seed, "budget": 600}
@@ -591,11 +615,10 @@ def test_runs_too_short_for_a_curve_are_in_the_table(capsys):
     curves = pd.read_csv("out/curves.csv")
     end = curves.groupby("task")["step"].transform("max")
     curves[curves["step"] > 0.98 * end].to_csv("out/curves.csv", index=False)
-    for path in Path("out").glob("figure3.*"):
-        path.unlink()
+    assert len(list(Path("out").glob("figure3.*"))) == 3
     figures.main(figures.Args(redraw=True, out=Path("out"), only=(1, 3)))
     assert "figure 3: runs too short for 9 points in a row\n" in capsys.readouterr().out
-    assert not list(Path("out").glob("figure3.*"))
+    assert not list(Path("out").glob("figure3.*"))  # one of other runs is not left beside these tables
     assert (Path("out") / "table.md").read_text() == (ROOT / "results/prefix/figures/table.md").read_text()
 
 
@@ -652,6 +675,14 @@ def test_runs_of_wandb_are_read_like_folders(monkeypatch):
     for name, value in expected.summary.items():
         assert first.summary[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), name
     np.testing.assert_allclose(first.curves["return"], expected.curves["return"], rtol=1e-5)
+
+    beginning = min(row["global_step"] for row in history if "charts/episodic_return" in row)
+    for part in (
+        [row for row in history if row["global_step"] > beginning],  # tracked since a resume
+        [row for row in history if "eval/episodic_return" not in row],  # of which the last part was not synced
+    ):
+        stored[:] = [SimpleNamespace(name="x", state="finished", config=config, scan_history=lambda of=part: iter(of))]
+        assert runs.read_wandb("me/klac")[0].problem == "not whole in W&B"
 
     older = [{"_timestamp": 1e9 + row["global_step"]} | row for row in history if "charts/hours" not in row]
     stored[:] = [SimpleNamespace(name="older", state="finished", config=config, scan_history=lambda: iter(older))]
