@@ -66,7 +66,7 @@ class Args:
     wandb_entity: str | None = None
     """W&B team or user"""
     capture_video: bool = False
-    """record clips of at most 300 frames, from training and evaluation, into the run's folder"""
+    """record clips of at most 300 frames, from training and the evaluation at its end, into the run's folder"""
     compile: bool = True
     """compile each update into one graph (CUDA graphs on a GPU); a minute the first time (--no-compile: to debug)"""
     cuda: bool = True
@@ -394,6 +394,10 @@ class NotFinite(FloatingPointError):
     """A loss, a weight, an observation or a reward that is not finite, as float32 holds it."""
 
 
+class NotSaved(OSError):
+    """The disk did not take what a run leaves when it is over."""
+
+
 def require(valid: bool, message: str) -> None:
     if not valid:
         raise UsageError(message)
@@ -422,19 +426,20 @@ def check_flags(args: Args) -> None:
     """Raises UsageError on the first flag that cannot work on any task."""
     total, rules = args.total_timesteps, []
     for name, value in asdict(args).items():
+        default = getattr(Args, name, None)
         whole = Args.__annotations__[name] in (int, int | None) and value is not None
         if whole and name not in ("seed", "learning_starts"):
-            rules.append((name, 0 < value < 2**62, "positive and below 2**62"))
+            rules.append((name, 0 < value < 2**62 or value == default, "positive and below 2**62"))
         if name in ("exp_name", "run_name") and value is not None:
             rules.append((name, value == os.path.basename(os.path.abspath(value)), "a plain folder name"))
         if type(value) is float:
-            rules.append((name, math.isfinite(value), "finite"))
+            rules.append((name, math.isfinite(value) or value == default, "finite"))
         if name in ("policy_lr", "q_lr", "exploit_radius"):
             rules.append((name, value > 0, "positive"))
         if name == "target_entropy_scale":
             rules.append((name, 0 < value < 1, "in (0, 1)"))
         if name.endswith("_frequency") or (name in ("log_interval", "eval_interval") and value is not None):
-            rules.append((name, value <= total or value == getattr(Args, name), f"at most --total-timesteps {total}"))
+            rules.append((name, value <= total or value == default, f"at most --total-timesteps {total}"))
     rules += [
         ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
         ("gamma", 0 <= args.gamma < 1, "in [0, 1)"),
@@ -514,6 +519,8 @@ class Checked(gym.Wrapper):
 
     def step(self, action):
         if isinstance(action, np.ndarray):
+            if not np.isfinite(action).all():
+                raise NotFinite("the policy's action is not finite")
             sent = action.astype(self.action_space.dtype)
         else:
             sent = action + int(self.action_space.start)
@@ -576,12 +583,13 @@ def make_gym(args: Args, env_id: str, render: bool) -> gym.Env:
 
 def load(saved: Path) -> dict | None:
     """What a file holds, or in a run's folder its actor if it is finished, else its checkpoint; None if there is none.
-    A file from a stranger can run no code. Raises UsageError if it is damaged."""
+    A file from a stranger can run no code. Raises UsageError if it is damaged, or no saved run."""
     for path in [saved] if saved.is_file() else [saved / "actor.pt", saved / "checkpoint.pt"]:
         if path.exists():
             with refusing(f"{path}: damaged; without it the run starts afresh"), zipfile.ZipFile(path) as archive:
                 bad = archive.testzip()  # torch does not look at the checksums
                 require(bad is None, f"the checksum of {bad} is wrong")
+            with refusing(f"{path}: cannot be loaded; without it the run starts afresh"):
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 _ = state["args"]["env_id"], state["actor"]  # what every saved run has
                 require("step" in state or path.name != "checkpoint.pt", "it has no step")
@@ -605,7 +613,7 @@ def replacing(path: Path):
         cause = error
         while cause.__context__ is not None and not isinstance(cause, OSError):  # torch's own error hides the disk's
             cause = cause.__context__
-        raise OSError(f"{path}: not written: {cause}") from error
+        raise OSError(str(cause)) from error
 
 
 def save(state: dict, path: Path) -> None:
@@ -646,15 +654,13 @@ class Run:
 
     def open(self, args: Args, algorithm: str) -> None:
         """With --resume, locks the folder and reads what it holds. Raises UsageError if other flags began the run."""
-        began = {}
+        began, written = {}, {}
         if args.resume and os.path.isdir(self.folder):
             self.own()
             self.state = load(self.folder)
-            if self.state:
-                began = self.state["args"]
-            else:
-                with suppress(OSError, ValueError):  # it was killed before the file was whole
-                    began = json.loads((self.folder / "args.json").read_text())
+            with suppress(OSError, ValueError):  # it was killed before the file was whole
+                written = json.loads((self.folder / "args.json").read_text())
+            began = self.state["args"] if self.state else written
         self.finished = self.state is not None and "step" not in self.state
         self.args = replace(args, compile=args.compile and began.get("compile", True))
         if self.args.compile and not self.finished:
@@ -663,8 +669,8 @@ class Run:
             except Exception as error:  # torch raises many
                 self.args.compile = False
                 say(f"not compiled, and slower: {' '.join(str(error).split()):.150}", sys.stderr)
-        self.config = {**asdict(self.args), "env_kwargs": list(args.env_kwargs), "algorithm": algorithm}
-        self.was_tracked = began.get("track", False)
+        self.config = json.loads(json.dumps({**asdict(self.args), "algorithm": algorithm}, default=str))
+        self.was_tracked = began.get("track", False) or written.get("track", False)
         free = {"run_name", "resume", "checkpoint_interval", "eval_episodes", "eval_interval", "capture_video"}
         free |= {"evaluate", "track", "wandb_project_name", "wandb_entity"}
         if not (self.config.get("anneal") and self.config.get("autotune")):
@@ -744,7 +750,8 @@ class Run:
         if csv_size == 0:
             self.pending = b"step,tag,value\n"
         self.provenance = provenance()
-        self.write_args()
+        with refusing(f"{self.folder}: args.json is not written"):
+            self.write_args()
         self.writer = SummaryWriter(self.folder, purge_step=self.step if self.args.resume else None)
         with suppress(ValueError):  # a thread may not
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -963,9 +970,13 @@ class Run:
         require_finite(states)
         returns = self.evaluate(self.args)
         say(f"{self.folder}: deterministic return {summary(returns)}")
-        self.flush()
-        os.fsync(self.csv.fileno())
-        save({"args": self.config, **states}, self.folder / "actor.pt")
+        try:
+            self.flush()
+            os.fsync(self.csv.fileno())
+            save({"args": self.config, **states}, self.folder / "actor.pt")
+        except OSError as error:
+            words = "with --resume the same command trains again what came after the last checkpoint"
+            raise NotSaved(f"{self.folder}: actor.pt: not written: {error}; {words}") from error
         self.provenance["hours"] = self.hours_taken()
         with self.warning("the hours in args.json"):
             self.write_args()
@@ -1006,7 +1017,7 @@ def film(env: gym.Env, args: Args, folder: Path, prefix: str = "clip") -> gym.En
     """With --capture-video, the environment with clips of its episodes 0, 1, 8, 27, ... in the folder."""
     if not args.capture_video:
         return env
-    return Filmed(env, str(folder), name_prefix=prefix, video_length=300, gc_trigger=None)
+    return Filmed(env, str(folder), name_prefix=prefix, video_length=299, gc_trigger=None)
 
 
 def evaluate(actor: nn.Module, args: Args, video: Path, deterministic: bool = True) -> np.ndarray:
@@ -1032,7 +1043,8 @@ def summary(returns: np.ndarray) -> str:
 
 
 def load_actor(flag: str, saved: str, args: Args, env: gym.Env) -> nn.Module:
-    """The actor of a run's folder or file. Raises UsageError if it is damaged, of other spaces, or not finite."""
+    """The actor of a run's folder or file. Raises UsageError if it is damaged, of other shapes, or not finite. The
+    bounds of a Box are not in the file: the actor's actions are scaled to those of `env`."""
     valid = f"an earlier run's folder or actor.pt, for {env.observation_space} and {env.action_space}, and finite"
     with refusing(f"--{flag} {saved}: must be {valid}"):
         state, (actor, _) = load(Path(saved)), make_networks(args, env)
@@ -1050,7 +1062,7 @@ def evaluate_run(args: Args) -> None:
     require(state is not None, f"--evaluate {saved}: must be {valid}")
     kept = ("seed", "eval_episodes", "capture_video", "evaluate")
     of_run = {name: value for name, value in state["args"].items() if name in asdict(args) and name not in kept}
-    of_run["env_kwargs"] = tuple(of_run.get("env_kwargs", ()))
+    of_run = {"env_kwargs": ()} | {k: tuple(v) if isinstance(v, list) else v for k, v in of_run.items()}
     for name, value in asdict(args).items():
         valid = name in kept or value in (getattr(Args, name), of_run.get(name))
         words = f"not with --evaluate, which plays the run as it was trained, with {of_run.get(name)}"
@@ -1105,7 +1117,7 @@ def main() -> None:
             train(args)
         else:
             evaluate_run(args)
-    except (UsageError, NotFinite) as error:
+    except (UsageError, NotFinite, NotSaved) as error:
         words = " ".join([f"{Path(__file__).name}: {error}", *getattr(error, "__notes__", [])])
         say(" ".join(words.split()), sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

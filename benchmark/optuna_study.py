@@ -4,7 +4,8 @@
 
 What is not a flag of this file is one of klac_discrete.py, which must be in the current folder. A trial is the run
 runs/STUDY__NUMBER. The same command goes on with the study, which is in STUDY.db and keeps its flags; several at once
-share it. A run that fails, as one whose loss is not finite does, is a pruned trial; flags that cannot work end the study.
+share it. A run that fails, as one whose loss is not finite does, is a pruned trial; flags that cannot work end
+the study.
 """
 
 import fcntl

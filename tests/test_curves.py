@@ -55,7 +55,9 @@ def test_tables_and_figure_follow_from_the_runs(scalars):
 
 
 def test_seeds_without_a_quantity_are_said_and_not_counted(monkeypatch, capsys):
-    rows = pd.DataFrame({"task": "T", "algorithm": "KLAC", "seed": np.repeat([1, 2, 3], 4), "step": [10, 20, 30, 40] * 3})
+    rows = pd.DataFrame(
+        {"task": "T", "algorithm": "KLAC", "seed": np.repeat([1, 2, 3], 4), "step": [10, 20, 30, 40] * 3}
+    )
     rows = rows.assign(kl=[0.1, np.nan, 0.1, np.nan] * 3, target_kl=[0.2, np.nan, 0.2, np.nan] * 3)
     rows.loc[rows["seed"] > 1, ["kl", "target_kl"]] = np.nan
     drawn = []

@@ -105,14 +105,19 @@ def test_a_fork_with_a_new_flag_of_its_networks_trains_resumes_and_is_evaluated(
     """As docs/forking.md says: the flag in Args, and make_networks hands it on."""
     source = (ROOT / "klac_discrete.py").read_text()
     for old, new in (
-        ("    bias: bool = True\n", '    hidden: int = 128\n    """units"""\n    bias: bool = True\n'),
+        (
+            "    bias: bool = True\n",
+            '    hidden: tuple[int, ...] = (128,)\n    """units"""\n    delay: int = 0\n    """steps"""\n'
+            '    clip: float = math.inf\n    """bound"""\n    data: Path | None = None\n    """file"""\n'
+            "    bias: bool = True\n",
+        ),
         (
             "(self, k: int, obs_shape: tuple[int, ...], n: int)",
             "(self, k: int, obs_shape: tuple[int, ...], n: int, hidden)",
         ),
-        ("k, positions * units, 128)", "k, positions * units, hidden)"),
-        ("k, 128, n)", "k, hidden, n)"),
-        ("k, 1, 128)", "k, 1, hidden)"),
+        ("k, positions * units, 128)", "k, positions * units, hidden[0])"),
+        ("k, 128, n)", "k, hidden[0], n)"),
+        ("k, 1, 128)", "k, 1, hidden[0])"),
         ("Networks(1, shape, n), Networks(2, shape, n)", "(Networks(k, shape, n, args.hidden) for k in (1, 2))"),
     ):
         assert source.count(old) == 1, old
@@ -120,8 +125,8 @@ def test_a_fork_with_a_new_flag_of_its_networks_trains_resumes_and_is_evaluated(
     (tmp_path / "klac_wide.py").write_text(source)
     begin = [sys.executable, "klac_wide.py"]
     short = ["--env-id", "CartPole-v1", "--total-timesteps", "400", "--learning-starts", "100", "--no-compile"]
-    short += ["--run-name", "it", "--resume"]
-    for flags in ([*short, "--hidden", "24"], ["--evaluate", "runs/it"]):
+    short += ["--run-name", "it", "--resume", "--hidden", "24", "--data", "a.csv"]
+    for flags in (short, short, ["--evaluate", "runs/it"]):  # the second time there is nothing left to do
         done = subprocess.run(begin + flags, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert torch.load(tmp_path / "runs/it/actor.pt", weights_only=True)["actor"]["w2"].shape[-1] == 24

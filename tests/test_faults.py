@@ -16,6 +16,7 @@ import subprocess
 import sys
 import termios
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -306,7 +307,7 @@ def test_a_checkpoint_without_its_step_is_refused_and_not_removed(run_script):
     content = path.read_bytes()
     code, _, err = run_script("sac_discrete", "--env-id", "Walk-v0", "--run-name", "unfinished", "--resume", *FLAGS)
     assert (code, err.count("\n")) == (2, 1), err
-    assert "checkpoint.pt: damaged" in err
+    assert "checkpoint.pt: cannot be loaded" in err
     assert "it has no step" in err
     assert path.read_bytes() == content
 
@@ -702,10 +703,15 @@ def test_wandb_has_no_row_that_scalars_csv_lacks():
     assert sent == [(2, "2,a,0.5"), (3, "3,a,0.5")]
 
 
-@pytest.mark.parametrize("was_tracked", [True, False])
-def test_a_run_that_was_not_tracked_so_far_sends_wandb_all_since_its_checkpoint(monkeypatch, was_tracked):
-    """Of one that was, the rows in scalars.csv are there."""
+@pytest.mark.parametrize(("was_tracked", "since_its_checkpoint"), [(True, True), (False, False), (False, True)])
+def test_a_run_that_was_not_tracked_so_far_sends_wandb_all_since_its_checkpoint(
+    monkeypatch, was_tracked, since_its_checkpoint
+):
+    """Of one that was, before its checkpoint or by the process that was killed after it, the rows in scalars.csv are
+    there."""
     args = unfinished(sac_discrete)
+    written = Path("runs/unfinished/args.json")
+    written.write_text(json.dumps(json.loads(written.read_text()) | {"track": since_its_checkpoint}))
     saved, rows = torch.load("runs/unfinished/checkpoint.pt", weights_only=True), Path("runs/unfinished/scalars.csv")
     saved["args"]["track"] = was_tracked
     torch.save(saved, "runs/unfinished/checkpoint.pt")
@@ -716,7 +722,7 @@ def test_a_run_that_was_not_tracked_so_far_sends_wandb_all_since_its_checkpoint(
     monkeypatch.setattr(wandb, "init", lambda **settings: here)
     sac_discrete.train(replace(args, track=True))
     assert sent
-    assert (min(sent) < args.total_timesteps - 1) == (not was_tracked)
+    assert (min(sent) < args.total_timesteps - 1) == (not was_tracked and not since_its_checkpoint)
 
 
 def test_a_checkpoint_knows_its_rows_when_the_disk_was_full_before_it(monkeypatch):
@@ -805,3 +811,21 @@ def test_mujoco_is_filmed_without_a_display():
         pytest.skip("EGL does not work here")
     assert result.returncode == 0, result.stderr
     assert list(Path("runs/it/videos/train").glob("*.mp4"))
+
+
+def test_a_policy_that_is_not_finite_is_not_taken_for_the_environment():
+    """Its last update may break it while that update's loss is still finite."""
+    env = sac_continuous.make_env(sac_continuous.Args(env_id="Drift-v0"))
+    env.reset(seed=1)
+    with pytest.raises(sac_continuous.NotFinite, match="the policy's action is not finite"):
+        env.step(np.full(env.action_space.shape, np.nan, np.float32))
+    actor, _ = sac_continuous.make_networks(sac_continuous.Args(), env)
+    for weights in actor.parameters():
+        weights.fill_(torch.nan)
+    assert sac_continuous.exploit_probability(actor, torch.zeros(1, *env.observation_space.shape), 0.25).isnan()
+
+
+def test_a_box_of_halves_is_measured_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        sac_continuous.make_env(sac_continuous.Args(env_id="ContinuousOddStrictFloat16-v0"))

@@ -166,10 +166,47 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(scalars):
             sac_discrete.train(args)
 
     assert in_a_child(train_on_a_full_disk) == 0
-    assert errors.read_text().count("runs/full/checkpoint.pt: not written") in range(10, 20)
+    assert errors.read_text().count("runs/full: checkpoint.pt: not written: [Errno 27]") in range(10, 20)
     assert "File too large" in errors.read_text()  # the system's words, and not torch's
     assert not {"partial", "checkpoint.pt"} & {path.name.split("-")[0] for path in Path("runs/full").iterdir()}
     same_run(scalars, whole, Path("runs/full"))
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_line_and_the_run_goes_on_from_its_checkpoint(
+    scalars, monkeypatch, capsys
+):
+    args = sac_discrete.Args(env_id="Walk-v0", run_name="full", resume=True, **TINY)
+    whole, real = sac_discrete.train(sac_discrete.Args(env_id="Walk-v0", run_name="whole", **TINY)), sac_discrete.save
+
+    def save(state, path):
+        if path.name == "actor.pt":
+            raise OSError(28, "No space left on device")
+        real(state, path)
+
+    monkeypatch.setattr(sac_discrete, "save", save)
+    monkeypatch.setattr(sac_discrete.tyro, "cli", lambda _: args)
+    monkeypatch.setattr(sys, "argv", ["sac_discrete.py"])
+    with pytest.raises(SystemExit, match="1"):
+        sac_discrete.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sac_discrete.py: runs/full: actor.pt: not written: [Errno 28] No space left on device; ")
+    assert "the last checkpoint is of step 7" in line
+    monkeypatch.setattr(sac_discrete, "save", real)
+    sac_discrete.train(args)
+    same_run(scalars, whole, Path("runs/full"))
+
+
+def test_a_checkpoint_that_torch_does_not_load_is_not_called_damaged(run_script):
+    """As of a fork, of which a part's state_dict holds a NumPy array."""
+    unfinished(sac_discrete)
+    path = Path("runs/unfinished/checkpoint.pt")
+    torch.save(torch.load(path, weights_only=True) | {"normaliser": np.zeros(3)}, path)
+    content = path.read_bytes()
+    code, _, err = run_script("sac_discrete", "--env-id", "Walk-v0", "--run-name", "unfinished", "--resume", *FLAGS)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "unfinished/checkpoint.pt: cannot be loaded" in err
+    assert "damaged" not in err
+    assert path.read_bytes() == content
 
 
 def test_a_stopped_script_saves_itself_and_says_how_to_go_on(scalars):
@@ -312,7 +349,7 @@ def test_another_file_is_no_run(run_script):
     for flags in (["--evaluate", "runs/odd"], ["--env-id", "Walk-v0", "--run-name", "odd", "--resume"]):
         code, _, err = run_script("sac_discrete", *flags)
         assert (code, err.count("\n")) == (2, 1)
-        assert err.startswith("sac_discrete.py: runs/odd/actor.pt: damaged")
+        assert err.startswith("sac_discrete.py: runs/odd/actor.pt: cannot be loaded")
 
 
 def test_changed_flags_are_refused_by_name(run_script):

@@ -330,6 +330,19 @@ def test_video_can_be_watched_and_changes_no_number(run_script, name, env_id):
     assert all(torch.equal(filmed[name], plain[name]) for name in plain)
 
 
+def test_a_clip_has_at_most_300_frames(monkeypatch):
+    clips = []
+    monkeypatch.setattr(klac_discrete.Filmed, "stop_recording", lambda self: clips.append(len(self.recorded_frames)))
+    args = klac_discrete.Args(env_id="Catch-v0", capture_video=True)
+    env = gym.make("CartPole-v1", render_mode="rgb_array")
+    env.unwrapped.theta_threshold_radians = env.unwrapped.x_threshold = np.inf  # no episode ends
+    env = klac_discrete.film(env, args, Path("clips"))
+    env.reset(seed=1)
+    while not clips:
+        env.step(0)
+    assert clips == [300]
+
+
 def test_a_clip_that_a_full_disk_does_not_take_is_given_up(monkeypatch, capsys):
     real, clips = gym.wrappers.RecordVideo.stop_recording, []
 

@@ -113,7 +113,8 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--beta", "0.1"], "--beta: the study chooses it"), (["--p_end=0.7"], "--p_end=0.7: the study chooses it"),
-    (["--no-bias"], "--no-bias: the study chooses it"), (["--run-name", "x"], "--run-name: "), (["--trials", "0"], "--trials 0: "), (["--study", "a/b"], "--study a/b: "),
+    (["--no-bias"], "--no-bias: the study chooses it"),
+    (["--run-name", "x"], "--run-name: "), (["--trials", "0"], "--trials 0: "), (["--study", "a/b"], "--study a/b: "),
 ])  # fmt: skip
 def test_what_a_study_cannot_take_is_refused_in_one_line(capsys, flags, words):
     with pytest.raises(SystemExit, match="2"):
