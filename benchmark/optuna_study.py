@@ -54,7 +54,13 @@ def main(args: Args, flags: list[str]) -> None:
     with open(f"{args.study}.db", "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # of several at once, one makes the tables
         storage = f"sqlite:///{args.study}.db"
-        study = optuna.create_study(study_name=args.study, storage=storage, direction="maximize", load_if_exists=True)
+        try:
+            study = optuna.create_study(
+                study_name=args.study, storage=storage, direction="maximize", load_if_exists=True
+            )
+        except Exception as error:  # of SQLAlchemy, for each damage another
+            print(f"optuna_study.py: {args.study}.db: cannot be used: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
         if not study.trials:
             study.set_user_attr("flags", flags)
     if (begun := study.user_attrs.get("flags", flags)) != flags:

@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 
 from .console import run
 from .figures import NAMES, STYLES, save, scale, seeds_of, styles_of, unit_of
-from .runs import QUANTITIES, check_own, label, markdown, read_args, read_scalars, settings_of
+from .runs import QUANTITIES, check_own, label, markdown, read_args, read_scalars, settings_of, write_tables
 
 # What only some runs have: a target at a fixed temperature, another critic, evaluations while they train
 OPTIONAL = {"kl": "policy/kl", "target_kl": "policy/target_kl", "similarity": "adaent/similarity"}
@@ -237,8 +237,7 @@ def main(args: Args) -> None:
         raise ValueError(f"--show {missing[0]}: the runs have not logged it")
     if not args.redraw:
         args.out.mkdir(parents=True, exist_ok=True)
-        curves.to_csv(args.out / "curves.csv", index=False, float_format="%.5g")
-        summary.to_csv(args.out / "summary.csv", index=False, float_format="%.4g")
+        write_tables(args.out, summary, curves, ("%.4g", "%.5g"))
         curves, summary = pd.read_csv(args.out / "curves.csv"), pd.read_csv(args.out / "summary.csv")
     draw(curves, summary, args.show, args.out)
     print(markdown(summary))

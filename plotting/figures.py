@@ -32,7 +32,7 @@ import tyro
 from matplotlib.ticker import LogLocator, NullLocator, SymmetricalLogLocator
 
 from .console import run
-from .runs import add_kept, check_own, markdown, read_folders, read_wandb, tables
+from .runs import add_kept, check_own, markdown, read_folders, read_wandb, tables, write_tables
 from .statistics import AGGREGATES, interval, normalise, performance_profile, profile_interval
 
 MUJOCO = ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5", "Swimmer-v5"]
@@ -313,8 +313,7 @@ def main(args: Args) -> None:
         if args.keep:
             summary, curves = add_kept(summary, curves, args.out)
         args.out.mkdir(parents=True, exist_ok=True)
-        summary.to_csv(args.out / "summary.csv", index=False, float_format="%.5g")
-        curves.to_csv(args.out / "curves.csv", index=False, float_format="%.4g")
+        write_tables(args.out, summary, curves, ("%.5g", "%.4g"))
     summary, curves = (pd.read_csv(args.out / name) for name in ("summary.csv", "curves.csv"))
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
     for number in args.only:

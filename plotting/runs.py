@@ -382,6 +382,19 @@ def add_kept(summary: pd.DataFrame, curves: pd.DataFrame, out: Path) -> tuple[pd
     return both[0], both[1]
 
 
+def write_tables(out: Path, summary: pd.DataFrame, curves: pd.DataFrame, formats: tuple[str, str]) -> None:
+    """Writes summary.csv and curves.csv, both or none: what --keep has kept may be nowhere else."""
+    files = {out / "partial-summary.csv": (summary, formats[0]), out / "partial-curves.csv": (curves, formats[1])}
+    try:
+        for partial, (table, float_format) in files.items():
+            table.to_csv(partial, index=False, float_format=float_format)
+        for partial in files:
+            partial.replace(out / partial.name.removeprefix("partial-"))
+    finally:
+        for partial in files:
+            partial.unlink(missing_ok=True)
+
+
 def markdown(table: pd.DataFrame) -> str:
     """The table in Markdown, numbers to three digits."""
     rows = [list(table.columns), ["-"] * len(table.columns)]

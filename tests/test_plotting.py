@@ -655,6 +655,24 @@ def test_wrong_calls_are_one_line(flags, word):
     assert not Path("results").exists()
 
 
+def test_a_disk_that_is_full_leaves_both_tables_as_they_were(monkeypatch):
+    table, real, written = pd.DataFrame({"a": [1.5]}), pd.DataFrame.to_csv, []
+    runs.write_tables(Path(), table, table, ("%.5g", "%.5g"))
+
+    def to_csv(self, path, **kwargs):
+        real(self, path, **kwargs)
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", to_csv)
+    with pytest.raises(OSError, match="No space left"):
+        runs.write_tables(Path(), table * 2, table * 2, ("%.5g", "%.5g"))
+    assert {path.name: path.read_text() for path in Path().iterdir()} == dict.fromkeys(
+        ("summary.csv", "curves.csv"), "a\n1.5\n"
+    )
+
+
 def test_runs_of_wandb_are_read_like_folders(monkeypatch):
     run_dir = short_run(sac_discrete, 1, "run")
     scalars, _ = runs.read_scalars(run_dir)

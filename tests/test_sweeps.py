@@ -88,6 +88,15 @@ def test_a_study_goes_on_with_its_own_flags_alone(monkeypatch, capsys):
     assert len(study_of("study").trials) == 2
 
 
+def test_a_file_that_is_no_study_is_refused_in_one_line(capsys):
+    Path("study.db").write_text("no database")
+    with pytest.raises(SystemExit, match="2"):
+        optuna_study.main(optuna_study.Args(), [])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("optuna_study.py: study.db: cannot be used: ")
+    assert Path("study.db").read_text() == "no database"
+
+
 def test_ctrl_c_waits_for_the_trial_to_save_itself():
     """It reaches both, as from a terminal. The run here takes longer to save itself than subprocess.run would wait."""
     Path("klac_discrete.py").write_text("""
