@@ -65,7 +65,7 @@ class Args:
     wandb_entity: str | None = None
     """W&B team or user"""
     capture_video: bool = False
-    """record clips of at most 300 frames, from training and the evaluation at its end, into the run's folder"""
+    """record clips of at most 300 frames, from training, its last evaluation and --evaluate"""
     compile: bool = True
     """compile each update into one graph (CUDA graphs on a GPU); a minute the first time (--no-compile: to debug)"""
     cuda: bool = True
@@ -105,7 +105,7 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     valid = "a bounded, flat Box of floats (gymnasium.wrappers.TransformAction makes one; Discrete: klac_discrete.py)"
     bounded = isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.shape[0] > 0 and box.dtype.kind == "f"
     if bounded:  # bounds whose distance overflows are none
-        half_width = (box.high.astype(float) - box.low) / 2
+        half_width = (box.high / 2 - box.low / 2).astype(float)
         bounded = (half_width > 0).all() and (half_width < 1e38).all()
     require(bounded, f"--env-id {args.env_id}: actions must be {valid}, not {box}")
     flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.shape[0] > 0
@@ -269,8 +269,8 @@ def actor_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, *rest):
 
 
 def train(args: Args) -> Path:
-    """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work, and
-    NotFinite if a number is not finite; asked to stop, it saves itself and raises KeyboardInterrupt."""
+    """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work, NotFinite if
+    a number is not, NotSaved on a full disk, and, when asked to stop, KeyboardInterrupt after it has saved itself."""
     check_flags(args)
     env = make_env(args, args.capture_video)
     box, d, r = env.action_space, env.action_space.shape[0], args.exploit_radius
@@ -683,8 +683,8 @@ class Run:
             except Exception as error:  # torch raises many
                 self.args.compile = False
                 say(f"not compiled, and slower: {' '.join(str(error).split()):.150}", sys.stderr)
-        self.config = json.loads(json.dumps({**asdict(self.args), "algorithm": algorithm}, default=str))
-        self.was_tracked = began.get("track", False) or written.get("track", False)
+        self.config = json.loads(json.dumps({**asdict(self.args), "algorithm": algorithm}))
+        self.was_tracked = (written or began).get("track", False)
         free = {"run_name", "resume", "checkpoint_interval", "eval_episodes", "eval_interval", "capture_video"}
         free |= {"evaluate", "track", "wandb_project_name", "wandb_entity"}
         if not (self.config.get("anneal") and self.config.get("autotune")):
@@ -989,8 +989,8 @@ class Run:
             os.fsync(self.csv.fileno())
             save({"args": self.config, **states}, self.folder / "actor.pt")
         except OSError as error:
-            words = "with --resume the same command trains again what came after the last checkpoint"
-            raise NotSaved(f"{self.folder}: actor.pt: not written: {error}; {words}") from error
+            words = "with --resume the same command goes on from the last checkpoint"
+            raise NotSaved(f"{self.folder}: actor.pt: not written: {error} ({words})") from error
         self.provenance["hours"] = self.hours_taken()
         with self.warning("the hours in args.json"):
             self.write_args()
@@ -1031,7 +1031,7 @@ def film(env: gym.Env, args: Args, folder: Path, prefix: str = "clip") -> gym.En
     """With --capture-video, the environment with clips of its episodes 0, 1, 8, 27, ... in the folder."""
     if not args.capture_video:
         return env
-    return Filmed(env, str(folder), name_prefix=prefix, video_length=299, gc_trigger=None)
+    return Filmed(env, str(folder), name_prefix=prefix, video_length=299, gc_trigger=None)  # takes one frame more
 
 
 def evaluate(actor: nn.Module, args: Args, video: Path, deterministic: bool = True) -> np.ndarray:

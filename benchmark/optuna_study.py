@@ -26,7 +26,7 @@ ENDED = [TrialState.COMPLETE, TrialState.PRUNED]
 @dataclass
 class Args:
     trials: int = 20
-    """trials of the study, those of earlier calls included (what several at once have begun, they finish)"""
+    """trials of the study, those of earlier calls included (calls at once may exceed it: each finishes its trial)"""
     study: str = "study"
     """name of the study"""
 
@@ -61,7 +61,7 @@ def main(args: Args, flags: list[str]) -> None:
         except Exception as error:  # of SQLAlchemy, for each damage another
             print(f"optuna_study.py: {args.study}.db: cannot be used: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
-        if not study.trials:
+        if not study.get_trials(states=[*ENDED, TrialState.RUNNING]):  # of flags that were refused none is left
             study.set_user_attr("flags", flags)
     if (begun := study.user_attrs.get("flags", flags)) != flags:
         words = f"was begun with {shlex.join(begun) or 'no flags'}: another name begins another study"

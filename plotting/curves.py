@@ -160,7 +160,9 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
                 continue
             seeds, of = seeds_by_step(curves[chosen], quantity), curves[chosen]["seed"].nunique()
             if 0 < seeds.shape[1] < of:
-                print(f"{task}, {algorithm}: {NAMES[quantity]}: of {seeds.shape[1]} of {of} seeds")
+                print(f"{task}, {algorithm}: {NAMES[quantity]}: from {seeds.shape[1]} of {of} seeds")
+            if seeds.empty:
+                continue
             style = {"color": colour, "linestyle": line}
             (lines[algorithm],) = axis.plot(seeds.index / unit, seeds.mean(axis=1, skipna=False), **style)
             if seeds.shape[1] > 1:
@@ -187,7 +189,7 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
     shown = curves.dropna(subset=list(show), how="all")
     rows = {name: shown[shown["algorithm"] == name] for name in styles}
     labels = {name: f"{name} ({seeds_of(rows[name])})" if name in rows else name for name in lines}
-    order = [*styles, *(name for name in lines if name not in styles)]
+    order = [name for name in (*styles, *lines.keys() - styles.keys()) if name in lines]
     gaps = curves.groupby(["task", "algorithm", "seed"])["step"].diff().mode()
     title = f"a point: the mean over {int(gaps.min() if len(gaps) else curves['step'].min()):,} steps"
     if curves.groupby(["task", "algorithm"])["seed"].nunique().max() > 1:

@@ -299,6 +299,7 @@ def table(summary: pd.DataFrame) -> pd.DataFrame:
 
 def main(args: Args) -> None:
     check_own(args.out, "score")
+    ours = (args.out / "summary.csv").exists()
     if args.redraw and (args.runs or args.wandb or args.where or args.keep):
         raise ValueError("--redraw: draws from the tables in --out alone, without runs, --wandb, --where and --keep")
     if not args.redraw:
@@ -327,12 +328,13 @@ def main(args: Args) -> None:
         if len(absent) < len(NEEDS[number]):
             with plt.rc_context(style):
                 try:
-                    figure, numbers = FIGURES[number](summary, curves)
+                    figure, found = FIGURES[number](summary, curves)
                     save(figure, stem, dpi=200)
+                    numbers = found
                 except ValueError as error:
                     print(f"figure {number}: {error}")
         if numbers is None:  # one of other runs is not left beside these tables
-            for suffix in (".pdf", ".png", ".csv"):
+            for suffix in (".pdf", ".png", ".csv") if ours else ():
                 stem.with_suffix(suffix).unlink(missing_ok=True)
         else:
             numbers.to_csv(f"{stem}.csv", index=False, float_format="%.5g")

@@ -259,9 +259,9 @@ def read_wandb(project: str) -> list[Run]:
                     scalars[tag] = (rows["global_step"].to_numpy(np.int64), rows[tag].to_numpy(np.float32))
             problem = None if run.state == "finished" else f"{run.state} in W&B"
             try:
-                (first, *_), (length, *_) = scalars["charts/episodic_length"]
+                ends, lengths = scalars["charts/episodic_length"]
                 evaluations, _ = scalars.get("eval/episodic_return", ([-1], []))
-                if first + 1 != length or evaluations[-1] != run.config["total_timesteps"]:
+                if ends[0] + 1 != lengths[0] or evaluations[-1] != run.config["total_timesteps"]:
                     problem = problem or "not whole in W&B"  # tracked from a resume on, or synced in part
                 found.append(summarise(run.name, dict(run.config), scalars, problem))
             except KeyError as error:
@@ -318,13 +318,16 @@ def note_differences(used: dict) -> None:
         runs = {key: run for key, run in used.items() if ("target_entropy_scale" in run.settings) == discrete}
         settings = set().union(*(run.settings for run in runs.values()))
         for name in sorted(settings - {"bias", "anneal", "reference", "exploit_radius", "p_start", "env_kwargs"}):
-            places = defaultdict(set)
+            places, values = defaultdict(set), {}
             for (task, algorithm, _), run in runs.items():
                 if name in run.settings:
-                    places[comparable(run.settings[name])].add(f"{algorithm} on {task}")
+                    value = comparable(run.settings[name])
+                    values[value] = run.settings[name]
+                    places[value].add(f"{algorithm} on {task}")
             common, *others = sorted(places, key=lambda value: (-len(places[value]), value))
             for value in others:
-                print(f"note: {name} is {value}, not {common}, of {', '.join(sorted(places[value]))}")
+                where = ", ".join(sorted(places[value]))
+                print(f"note: {name} is {values[value]} for {where}, and {values[common]} elsewhere")
 
 
 def holds(condition: str, settings: dict) -> bool:

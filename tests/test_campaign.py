@@ -199,13 +199,13 @@ def test_a_run_that_failed_counts_as_finished_only_once_it_is():
 @needs_parallel
 def test_how_to_stop_a_driver_is_said_of_its_own_session_alone():
     write_list(steps=1)
-    Path("list.txt.lock").write_text("4242\n")  # a driver's of an earlier day
     assert drive().returncode == 0
     with open("list.txt.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
         held = drive()
     assert (held.returncode, held.stderr) == (2, "run_local.sh: list.txt: already being run\n")
+    Path("list.txt.lock").write_text("4242\n")  # a driver's of an earlier day
     Path("list.txt").write_text("true\n")  # refused before a run has begun
     assert drive().returncode == 2
     assert Path("list.txt.lock").read_text() == ""

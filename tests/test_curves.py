@@ -63,8 +63,11 @@ def test_seeds_without_a_quantity_are_said_and_not_counted(monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(curves, "save", lambda figure, stem, dpi: drawn.append(figure))
     curves.draw(rows, pd.DataFrame({"task": ["T"], "random": [0.0]}), ("kl",), Path("out"))
-    assert capsys.readouterr().out == "T, KLAC: KL to the reference (nats): of 1 of 3 seeds\n"
+    assert capsys.readouterr().out == "T, KLAC: KL to the reference (nats): from 1 of 3 seeds\n"
     assert "KLAC (n=1)" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    other = rows.assign(algorithm="SAC", kl=np.nan, target_kl=np.nan)  # which has none of it
+    curves.draw(pd.concat([rows, other]), pd.DataFrame({"task": ["T"], "random": [0.0]}), ("kl",), Path("out"))
+    assert not any("SAC" in text.get_text() for text in drawn[1].legends[0].get_texts())
     (budget,) = [line for line in drawn[0].axes[0].lines if line.get_color() == curves.BUDGET]
     assert list(budget.get_ydata()[:3]) == [0.2] * 3  # an interpolated line, where bins are shorter than log intervals
 

@@ -108,7 +108,7 @@ def test_a_fork_with_a_new_flag_of_its_networks_trains_resumes_and_is_evaluated(
         (
             "    bias: bool = True\n",
             '    hidden: tuple[int, ...] = (128,)\n    """units"""\n    delay: int = 0\n    """steps"""\n'
-            '    clip: float = math.inf\n    """bound"""\n    data: Path | None = None\n    """file"""\n'
+            '    clip: float = math.inf\n    """bound"""\n    data: str | None = None\n    """file"""\n'
             "    bias: bool = True\n",
         ),
         (

@@ -352,10 +352,10 @@ def test_settings_that_differ_between_what_is_drawn_together_are_said(capsys):
     assert capsys.readouterr().out == ""
     other = [run("B", "KLAC", seed, beta=0.1, anneal=True) for seed in (1, 2)]
     runs.tables([*sac, *alike[:2], *other, run("A", "KLAC-a", 1, beta=0.01)], False)
-    assert capsys.readouterr().out == "note: beta is 0.1, not 0.01, of KLAC on B\n"
+    assert capsys.readouterr().out == "note: beta is 0.1 for KLAC on B, and 0.01 elsewhere\n"
     longer = [run("B", "SAC", seed, gamma=0.99) for seed in (1, 2)]
     runs.tables([*sac[:2], *alike[:2], *longer], False)
-    assert capsys.readouterr().out == "note: gamma is 0.99, not 0.9, of SAC on B\n"
+    assert capsys.readouterr().out == "note: gamma is 0.99 for SAC on B, and 0.9 elsewhere\n"
 
 
 def test_figures_are_drawn_where_no_cache_can_be_written(tmp_path):
@@ -579,6 +579,10 @@ def test_all_figures_from_runs_and_again_from_tables(campaign, capsys):
     assert again == drawn
 
     figures.main(figures.Args(redraw=True, out=out, only=(3,)))
+    Path("paper").mkdir()
+    Path("paper/figure3.pdf").write_text("another's")
+    figures.main(figures.Args(runs=campaign[:1], out=Path("paper"), only=(3,)))  # without a run of Seaquest
+    assert Path("paper/figure3.pdf").read_text() == "another's"
 
     # an algorithm that is not the paper's is drawn too
     for name in ("summary.csv", "curves.csv"):

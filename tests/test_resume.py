@@ -189,8 +189,8 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_and_the_run_goes_on_from_its
     with pytest.raises(SystemExit, match="1"):
         sac_discrete.main()
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("sac_discrete.py: runs/full: actor.pt: not written: [Errno 28] No space left on device; ")
-    assert "the last checkpoint is of step 7" in line
+    assert line.startswith("sac_discrete.py: runs/full: actor.pt: not written: [Errno 28] No space left on device (")
+    assert "(with --resume the same command goes on from the last checkpoint) at step 800; the last check" in line
     monkeypatch.setattr(sac_discrete, "save", real)
     sac_discrete.train(args)
     same_run(scalars, whole, Path("runs/full"))

@@ -77,15 +77,18 @@ def test_a_study_prunes_what_fails_and_ends_at_what_is_refused(monkeypatch):
 
 def test_a_study_goes_on_with_its_own_flags_alone(monkeypatch, capsys):
     """The trials of two tasks are no study: the best of one would be said of the other."""
+    monkeypatch.setattr(optuna_study, "run", lambda command: 2)
+    with pytest.raises(SystemExit, match="2"):  # a typing error begins no study
+        optuna_study.main(optuna_study.Args(trials=1), ["--env-id", "Astrix-v1"])
     monkeypatch.setattr(optuna_study, "run", lambda command: 1)
     for trials in (1, 2):
         with pytest.raises(SystemExit, match="no trial has finished"):
             optuna_study.main(optuna_study.Args(trials=trials), ["--env-id", "Asterix-v1"])
-    assert capsys.readouterr().out == "1/1 trials: study__0: failed\n2/2 trials: study__1: failed\n"
+    assert capsys.readouterr().out == "1/1 trials: study__1: failed\n2/2 trials: study__2: failed\n"
     with pytest.raises(SystemExit, match="2"):
         optuna_study.main(optuna_study.Args(trials=3), ["--env-id", "Breakout-v1"])
     assert "--study study: was begun with --env-id Asterix-v1: " in capsys.readouterr().err
-    assert len(study_of("study").trials) == 2
+    assert len(study_of("study").trials) == 3
 
 
 def test_a_file_that_is_no_study_is_refused_in_one_line(capsys):
