@@ -270,7 +270,7 @@ def actor_gradients(batch: Batch, noise: torch.Tensor, actor: Actor, *rest):
 
 def train(args: Args) -> Path:
     """Trains one run and returns its folder. Raises UsageError, with nothing written, if a flag cannot work, NotFinite
-    if a number is not, NotSaved on a full disk, and, when asked to stop, KeyboardInterrupt after it has saved itself."""
+    if a number is not, NotSaved on a full disk and, when asked to stop, KeyboardInterrupt after it has saved itself."""
     check_flags(args)
     env = make_env(args, args.capture_video)
     box, d, r = env.action_space, env.action_space.shape[0], args.exploit_radius
