@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import shlex
 import shutil
@@ -215,6 +216,8 @@ def test_the_slides_studies_are_the_committed_runs():
 def test_the_tables_of_the_five_games_are_the_committed_runs():
     summary = pd.read_csv(ROOT / "results/figures/summary.csv")
     runs, variants = summary.groupby(["task", "algorithm"]), ["SAC", "KLAC", "KLAC-a", "KLAC-b", "KLAC-ab"]
+    low = pd.read_csv(ROOT / "results/low_target/summary.csv").set_index("algorithm")
+    low = low.loc["SAC, target of p = 0.8"].set_index("task")
     readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs/results.md").read_text()
     randoms = summary.groupby("task")["random"].mean()
     rows = {"return": ("last_return", ".2f"), "ten best episodes": ("score", ".1f")}
@@ -222,7 +225,9 @@ def test_the_tables_of_the_five_games_are_the_committed_runs():
     for task in MINATAR:
         groups = [runs.get_group((task, name)).sort_values("seed") for name in variants]
         means = " | ".join(f"{group['last_return'].mean():.1f}" for group in groups)
-        assert re.search(rf"^\| {task} \| {randoms[task]:.1f} \| {re.escape(means)} \| [\d.]* ?\|$", readme, re.M)
+        fixed = low.loc[task, "last_return"]
+        row = rf"^\| {task} \| {randoms[task]:.1f} \| {re.escape(means)} \| [\d.]* ?\| {fixed:.1f} \|$"
+        assert re.search(row, readme, re.M)
         table = page.partition(f"| {task} (random")[2].splitlines()
         for line, (name, (column, digits)) in zip(table[: len(rows)], rows.items(), strict=True):
             cells = [a_number_a_seed(group, {column: digits}) for group in groups]
@@ -237,6 +242,28 @@ def test_the_tables_of_the_five_games_are_the_committed_runs():
                 known = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""  # a task with one run has none
                 lines[i] += f" {statistic(*samples):.2f}{known} |"
         assert "\n".join(lines) in page
+
+
+def test_sac_with_klacs_target_is_the_committed_runs_beside_those_of_the_figures():
+    summary = pd.read_csv(ROOT / "results/low_target/summary.csv")
+    same = pd.read_csv(ROOT / "results/figures/summary.csv").query("algorithm in ('SAC', 'KLAC')")
+    new = summary["algorithm"] == "SAC, target of p = 0.8"
+    pd.testing.assert_frame_equal(summary[~new].reset_index(drop=True), same.reset_index(drop=True))
+    rows = {"return": ("last_return", ".2f"), "ten best episodes": ("score", ".1f")}
+    rows |= {"argmax policy at the end": ("evaluation", ".1f"), "Q minus return": ("q_minus_return", ",.1f")}
+    rows |= {"alpha at the end": ("alpha", ".3g")}
+    page, runs = (ROOT / "docs/results.md").read_text(), summary.groupby(["task", "algorithm"])
+    page = page.partition("## SAC with KLAC's entropy target")[2]
+    commands = (ROOT / "results/low_target/commands.txt").read_text()
+    for task, n in zip(MINATAR, (5, 3, 3, 6, 4), strict=True):
+        line = next(line for line in commands.splitlines() if f"--env-id {task}" in line)
+        scale = klac_discrete.exploit_entropy(0.8, n) / math.log(n)
+        assert f"--target-entropy-scale {scale:.4f} " in line
+        table = page.partition(f"| {task} |")[2].splitlines()
+        for line, (name, (column, digits)) in zip(table[: len(rows)], rows.items(), strict=True):
+            groups = [runs.get_group((task, each)) for each in ("SAC", "SAC, target of p = 0.8", "KLAC")]
+            cells = [a_number_a_seed(group.sort_values("seed"), {column: digits}) for group in groups]
+            assert line.endswith(f"| {name} | {' | '.join(cells)} |") or line == f" {name} | {' | '.join(cells)} |"
 
 
 def test_the_table_of_the_full_length_is_the_committed_runs():
@@ -309,7 +336,9 @@ def test_the_tables_of_the_completed_schedule_are_the_committed_runs():
     names = ["SAC", "KLAC-b", "KLAC, beta 0.01", "KLAC, beta 0.03", "KLAC, beta 0.1"]
     readme = (ROOT / "README.md").read_text()
     for task in ("Asterix-v1", "Breakout-v1", "Seaquest-v1"):
-        assert re.search(rf"^\| {task} \|.* \| {runs.get_group((task, names[-1])).mean():.1f} \|$", readme, re.M)
+        assert re.search(
+            rf"^\| {task} \|.* \| {runs.get_group((task, names[-1])).mean():.1f} \| [\d.]+ \|$", readme, re.M
+        )
     page = (ROOT / "docs/results.md").read_text().partition("## Which beta?")[2]
     rows = re.findall(r"^\| (\w+-v1) \(random [\d.]+\) \| return \| (.*) \|$", page, re.M)
     assert len(rows) == 3
