@@ -189,7 +189,7 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
     shown = curves.dropna(subset=list(show), how="all")
     rows = {name: shown[shown["algorithm"] == name] for name in styles}
     labels = {name: f"{name} ({seeds_of(rows[name])})" if name in rows else name for name in lines}
-    order = [name for name in (*styles, *lines.keys() - styles.keys()) if name in lines]
+    order = [name for name in dict.fromkeys([*styles, *lines]) if name in lines]
     gaps = curves.groupby(["task", "algorithm", "seed"])["step"].diff().mode()
     title = f"a point: the mean over {int(gaps.min() if len(gaps) else curves['step'].min()):,} steps"
     if curves.groupby(["task", "algorithm"])["seed"].nunique().max() > 1:
