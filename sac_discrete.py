@@ -189,12 +189,6 @@ def act(actor: Networks, obs: np.ndarray, rng: np.random.Generator | None) -> in
     return int((logits if rng is None else logits + rng.gumbel(size=len(logits))).argmax())
 
 
-def state_value(obs: np.ndarray, actor: Networks, critics: Networks) -> float:
-    """E_{a ~ pi}[min_i Q_i(s, a)] of one observation."""
-    x = preprocess(torch.as_tensor(obs[None], device=actor.w1.device))
-    return (F.softmax(actor(x)[0], dim=1) * critics(x).amin(0)).sum().item()
-
-
 Batch = namedtuple("Batch", "obs actions rewards next_obs terminations")
 
 
@@ -302,7 +296,8 @@ def train(args: Args) -> Path:
             else:
                 action = act(actor, obs, rng)
                 if not rewards:
-                    start_value = state_value(obs, actor, critics)
+                    x = preprocess(torch.as_tensor(obs[None], device=device))
+                    start_value = (F.softmax(actor(x)[0], dim=1) * critics(x).amin(0)).sum().item()
 
             # Step and store: next_obs is the episode's own last observation, whatever ended it
             next_obs, reward, terminated, truncated, _ = env.step(action)
@@ -426,20 +421,20 @@ def check_flags(args: Args) -> None:
     """Raises UsageError on the first flag that cannot work on any task."""
     total, rules = args.total_timesteps, []
     for name, value in asdict(args).items():
-        default = getattr(Args, name, None)
-        whole = Args.__annotations__[name] in (int, int | None) and value is not None
-        if whole and name not in ("seed", "learning_starts"):
-            rules.append((name, 0 < value < 2**62 or value == default, "positive and below 2**62"))
-        if name in ("exp_name", "run_name") and value is not None:
+        if value is None or value == getattr(Args, name, None):  # a fork's own default may be 0 or infinite
+            continue
+        if Args.__annotations__[name] in (int, int | None) and name not in ("seed", "learning_starts"):
+            rules.append((name, 0 < value < 2**62, "positive and below 2**62"))
+        if name in ("exp_name", "run_name"):
             rules.append((name, value == os.path.basename(os.path.abspath(value)), "a plain folder name"))
         if type(value) is float:
-            rules.append((name, math.isfinite(value) or value == default, "finite"))
+            rules.append((name, math.isfinite(value), "finite"))
         if name in ("policy_lr", "q_lr", "exploit_radius"):
             rules.append((name, value > 0, "positive"))
         if name == "target_entropy_scale":
             rules.append((name, 0 < value < 1, "in (0, 1)"))
-        if name.endswith("_frequency") or (name in ("log_interval", "eval_interval") and value is not None):
-            rules.append((name, value <= total or value == default, f"at most --total-timesteps {total}"))
+        if name.endswith("_frequency") or name in ("log_interval", "eval_interval"):
+            rules.append((name, value <= total, f"at most --total-timesteps {total}"))
     rules += [
         ("seed", 0 <= args.seed < 2**32, "in [0, 2**32)"),
         ("gamma", 0 <= args.gamma < 1, "in [0, 1)"),
@@ -586,10 +581,8 @@ def load(saved: Path) -> dict | None:
     A file from a stranger can run no code. Raises UsageError if it is damaged, or no saved run."""
     for path in [saved] if saved.is_file() else [saved / "actor.pt", saved / "checkpoint.pt"]:
         if path.exists():
-            with refusing(f"{path}: damaged; without it the run starts afresh"), zipfile.ZipFile(path) as archive:
-                bad = archive.testzip()  # torch does not look at the checksums
-                require(bad is None, f"the checksum of {bad} is wrong")
-            with refusing(f"{path}: cannot be loaded; without it the run starts afresh"):
+            with refusing(f"{path}: unreadable; without it the run starts afresh"), zipfile.ZipFile(path) as archive:
+                require(archive.testzip() is None, "a checksum is wrong")  # torch does not look
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 _ = state["args"]["env_id"], state["actor"]  # what every saved run has
                 require("step" in state or path.name != "checkpoint.pt", "it has no step")
@@ -779,13 +772,11 @@ class Run:
         self.wandb = wandb.init(**project, **own, **labels, save_code=True, reinit="create_new")
         self.wandb.define_metric("global_step")
         self.wandb.define_metric("*", step_metric="global_step")
-        rows = self.folder / "scalars.csv"
         self.tracked_step = -1  # what was logged until the kill is not sent again
-        if self.was_tracked and rows.exists():
-            whole_rows = rows.read_bytes().rpartition(b"\n")[0]
-            last = whole_rows.rpartition(b"\n")[2].partition(b",")[0]
-            if last.isdigit():
-                self.tracked_step = int(last)
+        if self.was_tracked:
+            with suppress(OSError, ValueError):  # nothing was
+                whole_rows = (self.folder / "scalars.csv").read_bytes().rpartition(b"\n")[0]
+                self.tracked_step = int(whole_rows.rpartition(b"\n")[2].partition(b",")[0])
         self.tracked_clips = set(self.folder.glob("videos/*/*.mp4"))
 
     def send(self, step: int, scalars: dict) -> None:
@@ -959,8 +950,7 @@ class Run:
             save(state | {"csv_size": self.csv.tell()}, self.folder / "checkpoint.pt")
             self.saved_step = self.step + 1
         if self.stopped_by is not None:
-            last = f"the same command with --resume goes on from step {self.saved_step}"
-            say(f"{self.folder}: stopped; {last}")
+            say(f"{self.folder}: stopped; the same command with --resume goes on from step {self.saved_step}")
             raise KeyboardInterrupt(self.stopped_by)
 
     def finish(self, **networks: nn.Module) -> None:
@@ -985,20 +975,18 @@ class Run:
 
 def provenance() -> dict:
     """What a run's numbers depend on beside its flags: the revision of the folder that the script is in ("-dirty" if it
-    was edited since), versions, processor, threads. None is what cannot be found."""
+    was edited since), versions, processor, threads."""
     found = {"revision": None, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    found["processor"] = platform.processor()
     with suppress(OSError):  # there may be no git
         describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         run = subprocess.run(describe, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=False)
         found["revision"] = run.stdout.strip() or None
     for name in ("torch", "gymnasium", "mujoco", "minatar", "numpy"):
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    processors = Path("/proc/cpuinfo")
-    lines = processors.read_text().splitlines() if processors.exists() else []
-    found["processor"] = next((x.split(": ")[1] for x in lines if x.startswith("model name")), platform.processor())
+    with suppress(OSError, IndexError):  # not Linux, or no PC
+        found["processor"] = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     return found
 
 
@@ -1058,8 +1046,7 @@ def evaluate_run(args: Args) -> None:
     """Prints the returns of a saved policy, deterministic and stochastic, and writes evaluation.json beside it."""
     saved = Path(args.evaluate)
     state = load(saved)
-    valid = "the folder of a run that has saved a checkpoint or its actor, or such a file"
-    require(state is not None, f"--evaluate {saved}: must be {valid}")
+    require(state is not None, f"--evaluate {saved}: must be the folder of a run that has saved itself, or such a file")
     kept = ("seed", "eval_episodes", "capture_video", "evaluate")
     of_run = {name: value for name, value in state["args"].items() if name in asdict(args) and name not in kept}
     of_run = {"env_kwargs": ()} | {k: tuple(v) if isinstance(v, list) else v for k, v in of_run.items()}

@@ -29,7 +29,7 @@ QUANTITIES = {
 # Runs of one task and algorithm may differ in these and still be seeds of one experiment
 FREE = {"seed", "run_name", "exp_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "cuda"}
 FREE |= {"env_id", "algorithm", "compile", "resume", "checkpoint_interval", "evaluate", "eval_episodes"}
-FREE |= {"log_interval", "eval_interval", "torch_deterministic", "provenance"}
+FREE |= {"log_interval", "eval_interval", "provenance"}
 SCRIPTS = ("klac_discrete", "sac_discrete", "klac_continuous", "sac_continuous", "sac_adaent_continuous")
 SCRIPTS += ("sac_v_continuous",)
 KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps", "exploit_radius", "reference"}
@@ -69,12 +69,9 @@ def read_args(run_dir: Path) -> dict:
 
 def read_scalars(run_dir: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], bool]:
     """All scalars of a run, {tag: (steps, values)}, up to the first row that is damaged, and whether there is none: a
-    row that cannot be read, a step before that of the row above, a last row without its end. A run without scalars.csv
-    is an older one, and read from its TensorBoard files. Raises ValueError if the header is another."""
-    path = run_dir / "scalars.csv"
-    if not path.exists():
-        return read_events(run_dir)
-    content = path.read_bytes()
+    row that cannot be read, a step before that of the row above, a last row without its end. Raises ValueError if the
+    header is another."""
+    content = (run_dir / "scalars.csv").read_bytes()
     if HEADER.startswith(content):  # its writer was stopped before the first row
         return {}, True
     if not content.startswith(HEADER):
@@ -98,31 +95,6 @@ def read_scalars(run_dir: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]
 
 def parse(content: bytes) -> pd.DataFrame:
     return pd.read_csv(io.BytesIO(content), dtype={"step": np.int64, "tag": "category", "value": np.float64})
-
-
-def read_events(run_dir: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], bool]:
-    """The scalars of a run's TensorBoard files, without what a resumed run took back, and whether they are sound.
-    TensorBoard passes over the rest of a damaged file, and says nothing."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader, RawEventFileLoader
-
-    sound = True
-    for number, file in enumerate(sorted(run_dir.glob("events.out.tfevents.*"))):
-        read = sum(len(record) + 16 for record in RawEventFileLoader(str(file)).Load())  # bytes, with the frame's 16
-        sound &= file.stat().st_size - read < 200  # a kill tears the last record, which is a scalar's
-        if number == 0:  # which goes on from no checkpoint, or the one before it is lost
-            sound &= not any(x.HasField("session_log") and x.step > 0 for x in EventFileLoader(str(file)).Load())
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    rows = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    scalars = {
-        tag: (np.array([row.step for row in part]), np.array([row.value for row in part], np.float32))
-        for tag, part in rows.items()
-    }
-    sound &= all((np.diff(steps) >= 0).all() for steps, _ in scalars.values())
-    if part := rows.get("charts/episodic_return"):
-        hours = np.array([row.wall_time - part[0].wall_time for row in part]) / 3600
-        scalars.setdefault("charts/hours", (scalars["charts/episodic_return"][0], hours))
-    return scalars, sound
 
 
 def summarise(name: str, args: dict, scalars: dict, problem: str | None) -> Run:
@@ -200,15 +172,15 @@ def read_run(run_dir: Path) -> Run:
         elif not finished:
             problem = f"unfinished, at {place}"
         return summarise(run_dir.name, args, scalars, problem)
-    except Exception as error:  # of the file system, pandas or TensorBoard, which raise another one for each damage
+    except Exception as error:  # of the file system or pandas, which raise another one for each damage
         return Run(run_dir.name, f"cannot be read: {error}")
 
 
 def read_cached(task: tuple[Path, Path]) -> Run:
     """`read_run`, or what it found the last time if no file of the run has changed since."""
     run_dir, cache = task
-    files = [*run_dir.glob("events.out.tfevents.*"), *(run_dir / x for x in ("scalars.csv", "args.json", "actor.pt"))]
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files) if file.exists()]
+    files = [run_dir / name for name in ("actor.pt", "args.json", "scalars.csv")]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
     key = hashlib.sha256(repr((VERSION, POINTS, str(run_dir.resolve()), stats)).encode()).hexdigest()
     path = cache / f"{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:24]}.json"
     try:
@@ -247,8 +219,6 @@ def read_wandb(project: str) -> list[Run]:
         found = []
         for run in tqdm(wandb.Api().runs(project), unit="run", disable=None, desc="reading"):
             history, scalars = pd.DataFrame(run.scan_history()), {}
-            if "charts/hours" not in history and "_timestamp" in history:  # an older run's
-                history["charts/hours"] = (history["_timestamp"] - history["_timestamp"].min()) / 3600
             for tag in (*QUANTITIES.values(), "eval/episodic_return", "charts/hours"):
                 if tag in history:
                     rows = (

@@ -74,7 +74,7 @@ def test_shared_blocks_are_identical():
     assert {"UsageError", "check_flags", "Checked", "Run", "save", "load", "evaluate", "main"} < of_the_tail
     for sac, klac, _ in PAIRS:
         own = {
-            "discrete": {"MinAtarFixes", "preprocess", "state_value"},
+            "discrete": {"MinAtarFixes", "preprocess"},
             "continuous": {"Actor", "gaussian", "log_volume", "entropy_range", "exploit_probability"},
         }
         shared = of_a_kind | of_the_tail | own[Path(klac.__file__).stem.removeprefix("klac_")]

@@ -307,7 +307,7 @@ def test_a_checkpoint_without_its_step_is_refused_and_not_removed(run_script):
     content = path.read_bytes()
     code, _, err = run_script("sac_discrete", "--env-id", "Walk-v0", "--run-name", "unfinished", "--resume", *FLAGS)
     assert (code, err.count("\n")) == (2, 1), err
-    assert "checkpoint.pt: cannot be loaded" in err
+    assert "checkpoint.pt: unreadable" in err
     assert "it has no step" in err
     assert path.read_bytes() == content
 
@@ -402,7 +402,7 @@ def test_a_refused_run_leaves_its_folder_free_in_this_process_too(monkeypatch):
 
     refused("--gamma", gamma=0.5)
     path.write_bytes(sound[:-100])
-    refused("damaged")
+    refused("unreadable")
     state = torch.load(io.BytesIO(sound), weights_only=True)
     torch.save({key: value for key, value in state.items() if key != "q_optimizer"}, path)
     refused("not of this script")

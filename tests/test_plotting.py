@@ -18,7 +18,6 @@ import scipy.stats
 import torch
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
 
 import klac_discrete
 import sac_discrete
@@ -37,74 +36,6 @@ def agrees_with_tensorboard(run_dir):
         theirs = [(e.step, e.value) for e in events.Scalars(tag)]
         assert steps.tolist() == [step for step, _ in theirs]
         np.testing.assert_allclose(values, np.float32([value for _, value in theirs]), rtol=2e-7)
-
-
-def test_an_older_run_is_read_from_its_tensorboard_files():
-    run_dir = short_run(sac_discrete, 1, "run")
-    new = runs.read_run(run_dir)
-    (run_dir / "scalars.csv").unlink()
-    old = runs.read_run(run_dir)
-    assert (new.problem, old.problem) == (None, None)
-    for name, value in new.summary.items():
-        assert old.summary[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), name
-    np.testing.assert_allclose(old.curves["return"], new.curves["return"], rtol=1e-6)
-
-
-def older_run(name):
-    """A finished run of 1,000 steps and 3 hours without scalars.csv, which was killed at step 600 and went on from its
-    checkpoint of step 500. Its folder and its two event files."""
-    run_dir = Path("runs", name)
-    for start, end in ((0, 600), (500, 1000)):
-        writer = SummaryWriter(run_dir, purge_step=start or None, filename_suffix=f".{start}")
-        for step in range(start, end, 10):
-            for tag in runs.QUANTITIES.values():
-                writer.add_scalar(tag, start + step / 1000, step, walltime=1e9 + 3 * 3600 * step / 990)
-        if end == 1000:
-            writer.add_scalar("eval/episodic_return", 7, end, walltime=2e9)
-        writer.close()
-    (run_dir / "actor.pt").touch()
-    args = {"env_id": "Walk-v0", "algorithm": "SAC", "seed": 1, "total_timesteps": 1000, "learning_starts": 100}
-    (run_dir / "args.json").write_text(json.dumps(args))
-    files = sorted(run_dir.glob("*tfevents*"), key=lambda file: int(file.suffix[1:]))
-    for second, file in enumerate(files):  # TensorBoard reads them in the order of their names
-        files[second] = file.rename(run_dir / f"events.out.tfevents.{second}")
-    return run_dir, *files
-
-
-def test_an_older_run_that_was_resumed_is_read_without_what_it_took_back():
-    run_dir, first, _ = older_run("run")
-    for torn in (0, 1, 20):  # by the kill
-        first.write_bytes(first.read_bytes()[: first.stat().st_size - torn])
-        run, (scalars, _) = runs.read_run(run_dir), runs.read_scalars(run_dir)
-        assert run.problem is None
-        assert run.summary["hours"] == pytest.approx(3)
-        steps, values = scalars["losses/alpha"]
-        assert steps.tolist() == list(range(0, 1000, 10))
-        np.testing.assert_allclose(values[[0, 49, 50, 99]], [0, 0.49, 500.5, 500.99], rtol=1e-6)
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_damaged_event_file_of_an_older_run_is_said(number):
-    run_dir, *files = older_run("run")
-    content = bytearray(files[number].read_bytes())
-    content[len(content) // 4] ^= 1
-    files[number].write_bytes(content)
-    assert runs.read_run(run_dir).problem.startswith("damaged after step ")
-    files[number].write_bytes(b"no events" * 100)
-    assert runs.read_run(run_dir).problem.startswith("damaged")
-    files[number].unlink()
-    assert runs.read_run(run_dir).problem.startswith("damaged")  # by that a file is missing
-    files[number].mkdir()
-    problem = runs.read_run(run_dir).problem
-    assert problem.startswith("cannot be read: ")
-    assert str(files[number]) in problem
-
-
-def test_files_of_an_older_run_in_another_order_are_said():
-    """As after a clock that went back, by which TensorBoard names them."""
-    run_dir, first, _ = older_run("run")
-    first.rename(run_dir / "events.out.tfevents.5")
-    assert runs.read_run(run_dir).problem.startswith("damaged")
 
 
 ROWS = "step,tag,value\n" + "".join(f"{step},{tag},{step}.5\n" for step in range(10) for tag in "abc")
@@ -706,11 +637,6 @@ def test_runs_of_wandb_are_read_like_folders(monkeypatch):
     ):
         stored[:] = [SimpleNamespace(name="x", state="finished", config=config, scan_history=lambda of=part: iter(of))]
         assert runs.read_wandb("me/klac")[0].problem == "not whole in W&B"
-
-    older = [{"_timestamp": 1e9 + row["global_step"]} | row for row in history if "charts/hours" not in row]
-    stored[:] = [SimpleNamespace(name="older", state="finished", config=config, scan_history=lambda: iter(older))]
-    start = min(row["global_step"] for row in older)
-    assert runs.read_wandb("me/klac")[0].summary["hours"] == pytest.approx((600 - start) / 3600)
 
     def refuse(project):
         raise OSError("no login")
