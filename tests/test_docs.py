@@ -246,6 +246,30 @@ def test_the_tables_of_the_five_games_are_the_committed_runs():
         assert "\n".join(lines) in page
 
 
+def test_the_five_numbers_of_each_claim_are_the_means_of_the_committed_runs():
+    page = (ROOT / "docs/claims.md").read_text()
+    page = page.partition("## With the schedule completed: MinAtar")[2].partition("\n## ")[0]
+    low = pd.read_csv(ROOT / "results/low_target/summary.csv").query("algorithm == 'SAC, target of p = 0.8'")
+    runs = pd.concat([pd.read_csv(ROOT / "results/figures/summary.csv"), low]).groupby(["algorithm", "task"])
+    means = runs[["last_return", "score", "evaluation", "q_minus_return"]].mean()
+    curves = pd.read_csv(ROOT / "results/figures/curves.csv").query("50_000 < step <= 100_000")
+    seeds = curves.groupby(["algorithm", "task", "seed"])["return"].mean()
+    means["early"] = seeds.groupby(["algorithm", "task"]).mean()
+    measures = {"return": ("last_return", ".1f"), "score": ("score", ".1f"), "argmax": ("evaluation", ".1f")}
+    measures |= {"q minus return": ("q_minus_return", ",.1f"), "steps": ("early", ".2f"), "same": ("early", ".2f")}
+    five = r"(-?\d[\d,]*\.\d+(?:, -?\d[\d,]*\.\d+){4})"
+    names = {"SAC with p = 0.8, one seed,": "SAC, target of p = 0.8"}
+    found = 0
+    for line in page.splitlines():
+        for match in re.finditer(rf"((?:S|KL)AC(?:-\w+| with p = 0.8, one seed,)?) {five}", line):
+            measure = re.findall(r"(Q minus return|return|score|argmax|steps|same): ", line[: match.start()], re.I)[-1]
+            column, digits = measures[measure.lower()]
+            runs = means.loc[names.get(match[1], match[1])].loc[MINATAR, column]
+            assert match[2] == ", ".join(f"{x:{digits}}" for x in runs), line
+            found += 1
+    assert found == len(re.findall(five, page)) > 15
+
+
 def test_sac_with_klacs_target_is_the_committed_runs_beside_those_of_the_figures():
     summary = pd.read_csv(ROOT / "results/low_target/summary.csv")
     same = pd.read_csv(ROOT / "results/figures/summary.csv").query("algorithm in ('SAC', 'KLAC')")
