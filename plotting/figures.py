@@ -98,7 +98,8 @@ def scale(axis, task: str, quantity: str) -> str:
     on a logarithmic scale on both sides of 0, linear between -1 and 1, where SAC's is many times KLAC's."""
     high = np.abs(axis.dataLim.intervaly).max()
     if quantity == "alpha" and math.isfinite(axis.dataLim.minposy):
-        name, locator = "log", LogLocator(subs=(1, 3))
+        subs = (1, 3) if high < 1000 * axis.dataLim.minposy else (1,)  # between 1 and 10 no tick of many decades
+        name, locator = "log", LogLocator(subs=subs)
         axis.set_yscale("log")
     elif quantity in ("q", "q_minus_return") and task in MINATAR and high > 10:
         name, locator = "symlog", SymmetricalLogLocator(linthresh=1, base=10, subs=(1, 3) if high < 200 else (1,))

@@ -288,7 +288,8 @@ def test_a_figure_says_what_a_point_is_and_names_the_scales(monkeypatch):
         *2 * ["episodic return"], "mean Q of a batch (symlog)", "mean Q of a batch", *2 * ["temperature alpha (log)"]
     ]  # fmt: skip
     assert [axis.get_yscale() for axis in figure.axes] == ["linear", "linear", "symlog", "linear", "log", "log"]
-    for axis in figure.axes:
+    decades = pictures(monkeypatch, "breakout_3m", ("alpha", "q_minus_return"))  # of alpha nine, of Q eight
+    for axis in (*figure.axes, *decades.axes):
         low, high = axis.get_ylim()
         assert sum(low <= tick <= high for tick in axis.get_yticks()) >= 3
         assert axis.get_xlim()[0] == 0
