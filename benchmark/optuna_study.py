@@ -81,8 +81,8 @@ def main(args: Args, flags: list[str]) -> None:
             scalars = pd.read_csv(f"runs/{name}/scalars.csv", index_col="tag")["value"]
             outcome = scalars[["eval/episodic_return"]].iloc[-1]
             study.tell(trial, outcome)
-        elif code == 1:
-            outcome = "failed"
+        elif code == 1 or code < 0:
+            outcome = "failed" if code == 1 else f"killed by signal {-code}"
             study.tell(trial, state=TrialState.PRUNED)
         else:
             study.tell(trial, state=TrialState.FAIL)

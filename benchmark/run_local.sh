@@ -25,12 +25,12 @@ while (($#)); do
 done
 [[ -f $list && -r $list ]] || fail "${list:-LIST}: must be a readable list of commands, as benchmark/campaign.sh prints it"
 [[ $workers =~ ^[1-9][0-9]*$ ]] || fail "--workers $workers: must be a positive number"
-command -v parallel >/dev/null || fail "GNU parallel is not installed (Debian: apt install parallel)"
+[[ $(parallel --version 2>/dev/null) == "GNU parallel"* ]] || fail "GNU parallel is not installed (Debian: apt install parallel)"
 exec 9>>"$list.lock" # inherited by every run: what a killed driver left going is not run twice
 flock -n 9 || { session=$(<"$list.lock"); fail "$list: already being run${session:+ (to stop it: pkill -s $session 'parallel|python')}"; }
 : >"$list.lock"
 
-name_of() { sed -n 's/.*--run-name \([^ ]*\).*/\1/p' <<<"$1"; }
+name_of() { sed -n 's/.*--run-name[= ] *\([^ ]*\).*/\1/p' <<<"$1"; }
 logs=$list.logs failed=$list.failed todo=()
 mkdir -p "$logs"
 touch "$failed"
@@ -39,6 +39,7 @@ BEFORE=0
 while IFS= read -r line; do
   name=$(name_of "$line")
   [[ -n $name ]] || fail "$list: a line without --run-name: $line"
+  [[ $name != *[\'\"\\]* ]] || fail "$list: --run-name $name: must be without quotes and spaces"
   [[ -z ${seen[$name]-} ]] || fail "$list: two lines of --run-name $name"
   seen[$name]=1
   if [[ -e runs/$name/actor.pt ]]; then
@@ -46,11 +47,11 @@ while IFS= read -r line; do
   elif [[ -n $retry ]] || ! grep -qxF "$name" "$failed"; then
     todo+=("$line")
   fi
-done < <(grep -v '^ *\(#\|$\)' "$list")
-total=$(grep -vc '^ *\(#\|$\)' "$list") || fail "$list: holds no command"
-# Forget the failures that are tried again, or were since finished by hand
+done < <(tr -d '\r' <"$list" | grep -v '^ *\(#\|$\)')
+total=$(tr -d '\r' <"$list" | grep -vc '^ *\(#\|$\)') || fail "$list: holds no command"
+# Forget the failures that are tried again, were since finished by hand, or are no longer in the list
 mapfile -t before <"$failed"
-for name in "${before[@]}"; do [[ -n $retry || -e runs/$name/actor.pt ]] || echo "$name"; done >"$failed"
+for name in "${before[@]}"; do [[ -z ${seen[$name]-} || -n $retry || -e runs/$name/actor.pt ]] || echo "$name"; done >"$failed"
 echo "${#todo[@]} runs to do, of $total"
 NAMES=$logs/.names # a file: an environment holds 128 KiB a variable
 for line in "${todo[@]}"; do name_of "$line"; done >"$NAMES"
@@ -85,9 +86,9 @@ export START
 stopped=0
 if ((${#todo[@]})); then
   trap 'stopped=1' INT TERM
-  # parallel is in the background for the traps to run; a minute for every run to save itself, then no mercy
+  # parallel is in the background for the traps to run; ten minutes for every run to save itself, then no mercy
   printf '%s\n' "${todo[@]}" | setsid parallel --jobs "$workers" --joblog "+$list.joblog" --line-buffer \
-    --termseq TERM,60000,KILL,25 "${extra[@]}" one &
+    --termseq TERM,600000,KILL,25 "${extra[@]}" one &
   echo $! >"$list.lock" # parallel leads a session of its own
   while kill -0 $! 2>/dev/null; do
     wait $! || true

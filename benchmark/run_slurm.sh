@@ -47,7 +47,7 @@ name=klac-$(realpath "$list" | cksum | cut -d' ' -f1)
 queued=$(squeue --me --noheader --array --name "$name" --format %i) || fail "squeue does not answer"
 [[ -z $queued ]] || fail "$list: already submitted, $(wc -l <<<"$queued") runs are queued or running (scancel --name $name)"
 
-name_of() { sed -n 's/.*--run-name \([^ ]*\).*/\1/p' <<<"$1"; }
+name_of() { sed -n 's/.*--run-name[= ] *\([^ ]*\).*/\1/p' <<<"$1"; }
 logs=$list.logs failed=$list.failed todo=()
 mkdir -p "$logs"
 touch "$failed"
@@ -55,15 +55,16 @@ declare -A seen=()
 while IFS= read -r line; do
   run=$(name_of "$line")
   [[ -n $run ]] || fail "$list: a line without --run-name: $line"
+  [[ $run != *[\'\"\\]* ]] || fail "$list: --run-name $run: must be without quotes and spaces"
   [[ -z ${seen[$run]-} ]] || fail "$list: two lines of --run-name $run"
   seen[$run]=1
   [[ -e runs/$run/actor.pt ]] && continue
   [[ -z $retry ]] && grep -qxF "$run" "$failed" || todo+=("$line")
-done < <(grep -v '^ *\(#\|$\)' "$list")
-total=$(grep -vc '^ *\(#\|$\)' "$list") || fail "$list: holds no command"
-# Forget the failures that are tried again, or were since finished by hand
+done < <(tr -d '\r' <"$list" | grep -v '^ *\(#\|$\)')
+total=$(tr -d '\r' <"$list" | grep -vc '^ *\(#\|$\)') || fail "$list: holds no command"
+# Forget the failures that are tried again, were since finished by hand, or are no longer in the list
 mapfile -t before <"$failed"
-for run in "${before[@]}"; do [[ -n $retry || -e runs/$run/actor.pt ]] || echo "$run"; done >"$failed"
+for run in "${before[@]}"; do [[ -z ${seen[$run]-} || -n $retry || -e runs/$run/actor.pt ]] || echo "$run"; done >"$failed"
 echo "${#todo[@]} runs to do, of $total"
 
 # A task of the array: its line's run, its output to its log; its name to the list of failures unless a signal stopped it

@@ -52,7 +52,11 @@ class Args:
 
 def read_run(run_dir: Path, bin_steps: int, max_steps: int | None) -> tuple[pd.DataFrame, dict, dict]:
     """One run as (binned curves, its row of the summary, its settings). Raises ValueError if it cannot be used."""
-    if not (run_dir / "actor.pt").is_file():
+    try:
+        finished = (run_dir / "actor.pt").is_file()
+    except OSError as error:
+        raise ValueError(f"{run_dir}: {error}") from error
+    if not finished:
         raise ValueError(f"{run_dir}: not the folder of a finished run: it has no actor.pt")
     try:
         args = read_args(run_dir)
@@ -208,10 +212,11 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
 
 def main(args: Args) -> None:
     key = ["task", "algorithm", "seed"]
-    if args.bin < 1 or (args.steps is not None and args.steps < 1):
-        raise ValueError("--bin and --steps must be at least 1")
-    if args.redraw and (args.runs or args.steps is not None):
-        raise ValueError("--redraw: draws from the tables in --out alone, without runs and --steps")
+    for name in ("bin", "steps"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
+    if args.redraw and (args.runs or args.steps is not None or args.bin != Args.bin):
+        raise ValueError("--redraw: draws from the tables in --out alone, without runs, --bin and --steps")
     check_own(args.out, "best 10")
     if not args.redraw:
         if not args.runs:

@@ -301,12 +301,13 @@ def table(summary: pd.DataFrame) -> pd.DataFrame:
 def main(args: Args) -> None:
     check_own(args.out, "score")
     ours = (args.out / "summary.csv").exists()
-    if args.redraw and (args.runs or args.wandb or args.where or args.keep):
-        raise ValueError("--redraw: draws from the tables in --out alone, without runs, --wandb, --where and --keep")
+    if args.redraw and (args.runs or args.wandb or args.where or args.keep or args.unfinished):
+        flags = "--wandb, --where, --unfinished and --keep"
+        raise ValueError(f"--redraw: draws from the tables in --out alone, without runs, {flags}")
     if not args.redraw:
         if not args.runs and not args.wandb:
             raise ValueError("no run given: name folders of runs, --wandb or --redraw")
-        if missing := [str(run) for run in args.runs if not run.is_dir()]:
+        if missing := [str(run) for run in args.runs if not run.exists()]:
             raise ValueError(f"{missing[0]}: not a folder")
         if wrong := [where for where in args.where if "=" not in where]:
             raise ValueError(f"--where {wrong[0]}: must be KEY=VALUE")
@@ -316,6 +317,9 @@ def main(args: Args) -> None:
             summary, curves = add_kept(summary, curves, args.out)
         args.out.mkdir(parents=True, exist_ok=True)
         write_tables(args.out, summary, curves, ("%.5g", "%.4g"))
+        for number in sorted(FIGURES.keys() - set(args.only)):
+            if (args.out / f"figure{number}.csv").exists():
+                print(f"figure {number}: not drawn again: that in {args.out} is of the tables before")
     summary, curves = (pd.read_csv(args.out / name) for name in ("summary.csv", "curves.csv"))
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
     for number in args.only:

@@ -121,8 +121,9 @@ def main(args: Args) -> None:
     path = args.run / "actor.pt"
     if not path.exists():
         raise ValueError(f"{args.run}: must be the folder of a finished run, with its actor.pt")
-    if args.steps < 0 or args.dimensions < 1 or args.seed < 0:
-        raise ValueError("--steps and --seed must be at least 0, --dimensions at least 1")
+    for name, least in (("steps", 0), ("seed", 0), ("dimensions", 1)):
+        if (value := getattr(args, name)) < least:
+            raise ValueError(f"--{name} {value}: must be at least {least}")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:  # torch does not look at the checksums
@@ -133,7 +134,7 @@ def main(args: Args) -> None:
     except Exception as error:  # torch raises a different error for each damage
         raise ValueError(f"{path}: damaged") from error
     if not all("w1" in saved.get(part, {}) for part in ("actor", "critics")):
-        raise ValueError(f"{path}: not of these scripts: it was written before their networks were stacks")
+        raise ValueError(f"{path}: holds no actor and critics as these scripts save them")
     saved = {part: {k: x.double().numpy() for k, x in state.items()} for part, state in saved.items()}
     if saved["actor"]["w1"].ndim != 3:
         raise ValueError(f"{args.run}: must be a run with continuous actions")

@@ -180,7 +180,10 @@ def read_cached(task: tuple[Path, Path]) -> Run:
     """`read_run`, or what it found the last time if no file of the run has changed since."""
     run_dir, cache = task
     files = [run_dir / name for name in ("actor.pt", "args.json", "scalars.csv")]
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+    try:
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+    except OSError as error:
+        return Run(run_dir.name, f"cannot be read: {error}")
     key = hashlib.sha256(repr((VERSION, POINTS, str(run_dir.resolve()), stats)).encode()).hexdigest()
     path = cache / f"{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:24]}.json"
     try:
@@ -287,17 +290,20 @@ def note_differences(used: dict) -> None:
     for discrete in (True, False):
         runs = {key: run for key, run in used.items() if ("target_entropy_scale" in run.settings) == discrete}
         settings = set().union(*(run.settings for run in runs.values()))
-        for name in sorted(settings - {"bias", "anneal", "reference", "exploit_radius", "p_start", "env_kwargs"}):
+        for name in sorted(settings - {"bias", "anneal", "reference", "env_kwargs"}):
             places, values = defaultdict(set), {}
             for (task, algorithm, _), run in runs.items():
                 if name in run.settings:
-                    value = comparable(run.settings[name])
+                    # Two that a task may need its own of are compared within it
+                    value = task if name in ("exploit_radius", "p_start") else "", comparable(run.settings[name])
                     values[value] = run.settings[name]
                     places[value].add(f"{algorithm} on {task}")
-            common, *others = sorted(places, key=lambda value: (-len(places[value]), value))
-            for value in others:
-                where = ", ".join(sorted(places[value]))
-                print(f"note: {name} is {values[value]} for {where}, and {values[common]} elsewhere")
+            for of in sorted({of for of, _ in places}):
+                here = [value for value in places if value[0] == of]
+                common, *others = sorted(here, key=lambda value: (-len(places[value]), value))
+                for value in others:
+                    where = ", ".join(sorted(places[value]))
+                    print(f"note: {name} is {values[value]} for {where}, and {values[common]} elsewhere")
 
 
 def holds(condition: str, settings: dict) -> bool:
@@ -343,12 +349,17 @@ def check_own(out: Path, column: str) -> None:
 
 def add_kept(summary: pd.DataFrame, curves: pd.DataFrame, out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The two tables and the rows of `out`'s own, but for runs that both have. Raises ValueError where the budgets of a
-    task differ, which is the only setting that the tables hold, and OSError if there are none."""
+    task differ, which is the only setting that the tables hold, and OSError if there are none; says what is pooled."""
     labels, both = ["task", "algorithm", "seed"], []
     for name, new in (("summary.csv", summary), ("curves.csv", curves)):
         kept = pd.read_csv(out / name)
         kept = kept[~pd.MultiIndex.from_frame(kept[labels]).isin(pd.MultiIndex.from_frame(new[labels]))]
         both.append(pd.concat([kept, new]).sort_values(labels, kind="stable"))
+    summaries = both[0].groupby(["task", "algorithm"])["seed"]
+    for place, seeds in summary.groupby(["task", "algorithm"])["seed"]:
+        if earlier := sorted(set(summaries.get_group(place)) - set(seeds)):
+            words = f"seeds {', '.join(map(str, earlier))} of {out} with {', '.join(map(str, seeds))}"
+            print(f"note: {place[1]} on {place[0]} pools {words}; of their settings only the budget was compared")
     budgets = both[0].groupby("task")["budget"].unique()
     for task, steps in budgets[budgets.map(len) > 1].items():
         raise ValueError(f"--keep: {out} has runs of {task} of {steps[0]} steps, and those given have {steps[1]}")

@@ -56,6 +56,17 @@ def test_the_list_is_the_papers():
     assert campaign("--dry-run").stdout.startswith("1300 runs, 2300000000 steps, ")
 
 
+def test_another_beta_is_given_to_the_variants_that_have_one():
+    edit = re.search(r"`(sed '/klac_/.*')`", (ROOT / "docs/campaign.md").read_text())[1]
+    lines = campaign("minatar", "--seeds", "1").stdout
+    edited = subprocess.run(edit, shell=True, input=lines, capture_output=True, text=True, check=True).stdout
+    assert sorted(edited.splitlines()) == sorted(
+        re.sub(r"--run-name (\S+)", r"--beta 0.1 --run-name \1-beta0.1", line) if "klac_" in line else line
+        for line in lines.splitlines()
+        if "--no-bias" not in line
+    )
+
+
 def test_parts_of_the_list():
     lines = campaign("minatar", "--seeds", "3 4", "--variants", "SAC KLAC-b", "--envs", "Seaquest-v1", "--track").stdout
     assert lines.splitlines()[1] == (
@@ -194,6 +205,30 @@ def test_a_run_that_failed_counts_as_finished_only_once_it_is():
     Path("runs/r1/actor.pt").touch()  # finished by hand
     done = drive()
     assert (done.returncode, done.stderr) == (0, "")
+    write_list(bad=[3], steps=1, n=4)
+    assert drive().returncode == 1
+    write_list(steps=1, n=3)  # without the run that failed
+    assert drive().returncode == 0
+
+
+@needs_parallel
+def test_a_list_of_another_editor_is_run():
+    write_list(steps=1, n=2)
+    lines = Path("list.txt").read_text().replace("--run-name r1", "--run-name  r1")
+    Path("list.txt").write_text(lines.replace("\n", "\r\n"), newline="")
+    result = drive()
+    assert (result.returncode, result.stderr, sorted(logs())) == (0, "", ["r0", "r1"])
+    assert "2/2 finished" in result.stdout
+
+
+def test_another_program_of_that_name_is_not_taken_for_gnu_parallel(monkeypatch, tmp_path):
+    write_list()
+    (tmp_path / "parallel").write_text("#!/bin/sh\nexit 1\n")  # moreutils'
+    (tmp_path / "parallel").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    result = drive()
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "GNU parallel is not installed" in result.stderr
 
 
 @needs_parallel
@@ -295,6 +330,10 @@ def test_wrong_calls_of_the_driver_are_one_line(flags, word):
     Path("list.txt").write_text("true --run-name a\nfalse --run-name b\ntrue --run-name a\n")
     twice = drive()
     assert (twice.returncode, twice.stderr) == (2, "run_local.sh: list.txt: two lines of --run-name a\n")
+    Path("list.txt").write_text('true --run-name "my run"\n')
+    quoted = drive()
+    assert (quoted.returncode, quoted.stderr.count("\n")) == (2, 1)
+    assert "without quotes and spaces" in quoted.stderr
     assert not Path("runs").exists()
 
 

@@ -214,8 +214,8 @@ def test_wrong_calls_and_damaged_runs_are_refused(capsys):
     with pytest.raises(ValueError, match="no run given"):
         curves.main(curves.Args(out=Path("out")))
     for flags, word in (
-        ({"bin": 0}, "--bin"),
-        ({"steps": 0}, "--steps"),
+        ({"bin": 0}, "--bin 0: must"),
+        ({"steps": 0}, "--steps 0: must"),
         ({"steps": 50}, "cut too short: it has no q"),
     ):
         with pytest.raises(ValueError, match=word):

@@ -80,9 +80,9 @@ def test_what_cannot_be_drawn_is_refused_in_one_line():
         elif content:
             torch.save(content, Path(name, "actor.pt"))
     for flags, word in [
-        ([run_dir], "continuous actions"), (["empty"], "finished run"), ([run_dir, "--steps", -1], "--steps"),
+        ([run_dir], "continuous actions"), (["empty"], "finished run"), ([run_dir, "--steps", -1], "--steps -1: must"),
         (["damaged"], "actor.pt: damaged"), (["foreign"], "nowhere:No-v0, cannot be made: No module named"),
-        (["older"], "written before their networks were stacks"),
+        (["older"], "holds no actor and critics"),
     ]:  # fmt: skip
         result = draw(*flags, "--out", "figures")
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr

@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 import rliable.library
 import rliable.metrics
-import scipy.stats
 import torch
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -287,6 +286,11 @@ def test_settings_that_differ_between_what_is_drawn_together_are_said(capsys):
     longer = [run("B", "SAC", seed, gamma=0.99) for seed in (1, 2)]
     runs.tables([*sac[:2], *alike[:2], *longer], False)
     assert capsys.readouterr().out == "note: gamma is 0.99 for SAC on B, and 0.9 elsewhere\n"
+    tasks = [run(task, "KLAC", 1, p_start=p, anneal=True) for task, p in (("A", 0.5), ("B", 0.6))]  # of two actions
+    runs.tables([*sac, *tasks], False)
+    assert capsys.readouterr().out == ""
+    runs.tables([*sac, *tasks, *(run("A", "KLAC-b", seed, p_start=0.35) for seed in (1, 2))], False)
+    assert capsys.readouterr().out == "note: p_start is 0.5 for KLAC on A, and 0.35 elsewhere\n"
 
 
 def test_figures_are_drawn_where_no_cache_can_be_written(tmp_path):
@@ -349,11 +353,31 @@ def test_a_reading_that_failed_is_tried_again(monkeypatch, tmp_path):
     assert runs.read_cached((run_dir, tmp_path)).problem is None
 
 
+def test_what_is_no_folder_or_another_user_s_stops_no_figure_of_the_others(monkeypatch, capsys):
+    good, closed = short_run(sac_discrete, 1, "good"), Path("runs/closed")
+    Path("runs/notes.txt").touch()
+    exists, is_file = Path.exists, Path.is_file
+    for name, real in (("exists", exists), ("is_file", is_file)):
+
+        def refuse(path, real=real, **kwargs):
+            if path.parent == closed:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, **kwargs)
+
+        monkeypatch.setattr(Path, name, refuse)
+    assert "Permission denied" in runs.read_cached((closed, Path("cache"))).problem
+    curves.main(curves.Args(runs=[good, closed], out=Path("curves")))
+    assert "left out: runs/closed: [Errno 13]" in capsys.readouterr().out
+    figures.main(figures.Args(runs=[good, Path("runs/notes.txt")], out=Path("out"), only=(5,)))
+    assert "left out: notes.txt: cannot be read" in capsys.readouterr().out
+    assert len(pd.read_csv("out/summary.csv")) == 1
+
+
 def test_a_redraw_takes_no_runs(tmp_path):
-    for given in ({"runs": [tmp_path]}, {"where": ("beta=0",)}, {"keep": True}, {"wandb": "a/b"}):
+    for given in ({"runs": [tmp_path]}, {"where": ("beta=0",)}, {"keep": True}, {"wandb": "a/b"}, {"unfinished": True}):
         with pytest.raises(ValueError, match="--redraw: draws from the tables"):
             figures.main(figures.Args(redraw=True, **given))
-    for given in ({"runs": [tmp_path]}, {"steps": 3}):
+    for given in ({"runs": [tmp_path]}, {"steps": 3}, {"bin": 3}):
         with pytest.raises(ValueError, match="--redraw: draws from the tables"):
             curves.main(curves.Args(redraw=True, **given))
 
@@ -446,7 +470,10 @@ def test_unequal_and_single_seeds():
     samples = [np.array([1.0, 2.0, 6.0]), np.array([4.0, 8.0])]
     assert statistics.aggregate_mean(*samples) == pytest.approx((3 + 6) / 2)
     assert statistics.aggregate_median(*samples) == pytest.approx(4.5)
-    assert statistics.aggregate_iqm(*samples) == pytest.approx(scipy.stats.trim_mean([1, 2, 4, 6, 8], 0.25))
+    # The middle three fifths of 1, 2, 6 (a sixth each) and 4, 8 (a quarter each)
+    assert statistics.aggregate_iqm(*samples) == pytest.approx((2 * 2 / 15 + 4 / 4 + 6 / 6 + 8 / 20) / (3 / 5))
+    many = [np.full(20, 0.2), *np.ones((4, 2))]  # one task's many runs do not outweigh the other tasks
+    assert statistics.aggregate_iqm(*many) == pytest.approx(1)
     assert np.isnan(statistics.interval([np.array([1.0, 2.0]), np.array([3.0])], statistics.aggregate_mean)).all()
 
 
@@ -558,12 +585,14 @@ def test_runs_too_short_for_a_curve_are_in_the_table(capsys):
     assert (Path("out") / "table.md").read_text() == (ROOT / "results/prefix/figures/table.md").read_text()
 
 
-def test_runs_are_added_to_the_tables_of_earlier_ones(campaign):
+def test_runs_are_added_to_the_tables_of_earlier_ones(campaign, capsys):
     figures.main(figures.Args(runs=campaign, out=Path("at once"), only=(3,)))
     figures.main(figures.Args(runs=campaign[:6], out=Path("in parts"), only=(3,)))
     first = {name: (Path("in parts") / name).read_text() for name in ("summary.csv", "curves.csv")}
     again = campaign[4:]  # two of them are in the tables already
+    capsys.readouterr()
     figures.main(figures.Args(runs=again, keep=True, out=Path("in parts"), only=(3,)))
+    assert capsys.readouterr().out.count("note: SAC on Breakout-v1 pools seeds 1 of in parts with 2; ") == 1
     for name in (*first, "table.csv", "figure3.csv", "figure3.png"):
         assert (Path("in parts") / name).read_bytes() == (Path("at once") / name).read_bytes(), name
         assert (Path("in parts") / name).read_text(errors="replace") != first.get(name)
@@ -578,6 +607,12 @@ def test_runs_are_added_to_the_tables_of_earlier_ones(campaign):
     assert {path.name: path.read_bytes() for path in Path("at once").iterdir()} == before
     with pytest.raises(OSError, match="nowhere"):
         figures.main(figures.Args(runs=[campaign[0]], keep=True, out=Path("nowhere")))
+
+    figures.main(figures.Args(runs=campaign[:1], out=Path("one by one"), only=(5,)))
+    figures.main(figures.Args(runs=campaign[1:2], keep=True, out=Path("one by one"), only=(2,)))
+    out = capsys.readouterr().out
+    assert "note: SAC on Asterix-v1 pools seeds 1 of one by one with 2; of their settings only the budget was" in out
+    assert "figure 5: not drawn again: that in one by one is of the tables before" in out
 
 
 @pytest.mark.parametrize(("flags", "word"), [([], "no run given"), (["nowhere"], "nowhere: not a folder")])

@@ -54,7 +54,7 @@ def test_an_optuna_study_tells_optuna_what_its_runs_returned(scalars, capsys):
 
 
 def test_a_study_prunes_what_fails_and_ends_at_what_is_refused(monkeypatch):
-    codes = iter([1, 2, 0])
+    codes = iter([1, 2, -9, 0])
 
     def run(command):
         folder = Path("runs", command[command.index("--run-name") + 1])
@@ -66,9 +66,9 @@ def test_a_study_prunes_what_fails_and_ends_at_what_is_refused(monkeypatch):
     with pytest.raises(SystemExit) as refused:
         optuna_study.main(optuna_study.Args(trials=2), [])
     assert refused.value.code == 2
-    optuna_study.main(optuna_study.Args(trials=2), [])
-    trials = study_of("study").trials
-    assert [trial.state for trial in trials] == [TrialState.PRUNED, TrialState.FAIL, TrialState.COMPLETE]
+    optuna_study.main(optuna_study.Args(trials=3), [])
+    trials = [trial.state for trial in study_of("study").trials]
+    assert trials == [TrialState.PRUNED, TrialState.FAIL, TrialState.PRUNED, TrialState.COMPLETE]
     assert study_of("study").best_value == 7
     codes = iter([1])
     with pytest.raises(SystemExit, match="no trial has finished"):
