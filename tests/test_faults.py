@@ -152,7 +152,7 @@ def numbers_in(saved):
     ("Huge", "observation is not finite"),
     ("HugeReward", "reward is "),
 ])  # fmt: skip
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", two_of(SCRIPTS))
 def test_a_number_that_is_not_finite_stops_the_run_at_its_step(run_script, name, kind, words):
     env_id = odd(name, kind)
     code, _, err = run_script(name, "--env-id", env_id, "--run-name", "it", *FLAGS)

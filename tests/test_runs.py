@@ -399,7 +399,7 @@ def script(*flags, folder, name="klac_discrete", **environment):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", two_of(SCRIPTS))
 def test_the_script_alone_runs_in_an_empty_folder_and_writes_only_its_run(tmp_path, name):
     folder = tmp_path / "alone"
     home = tmp_path / "home"
