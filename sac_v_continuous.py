@@ -815,11 +815,11 @@ class Run:
     def stop(self, number: int, _) -> None:
         """A signal's handler: the run saves itself at the end of the episode. A second signal has its usual effect."""
         self.stopped_by = number
+        if number == signal.SIGHUP:  # the terminal is gone, which may be said more than once
+            self.handlers[number] = signal.SIG_IGN
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         for each, handler in self.handlers.items():
             signal.signal(each, handler)
-        if number == signal.SIGHUP:  # the terminal is gone, which may be said more than once
-            signal.signal(number, signal.SIG_IGN)
-            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         say("stopping at the end of this episode; once more to stop now", sys.stderr)
 
     def __enter__(self):

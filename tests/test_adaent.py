@@ -10,8 +10,8 @@ import sac_adaent_continuous as adaent
 import sac_continuous
 from tests.test_family import blocks, parts
 
-FLAGS = {"env_id": "Drift-v0", "total_timesteps": 400, "learning_starts": 100, "log_interval": 20, "eval_episodes": 1}
-FLAGS |= {"compile": False}
+FLAGS = {"env_id": "Drift-v0", "total_timesteps": 250, "learning_starts": 100, "log_interval": 20, "eval_episodes": 1}
+FLAGS |= {"batch_size": 16, "compile": False}
 
 
 def test_it_is_a_sibling():
@@ -158,8 +158,9 @@ def test_beyond_its_range_the_threshold_makes_it_one_of_its_siblings(scalars, mo
 
 
 def test_it_logs_what_sac_logs_and_its_own_and_some_states_switch(scalars):
-    sac = scalars(sac_continuous.train(sac_continuous.Args(**FLAGS)))
-    logged = scalars(adaent.train(adaent.Args(similarity_threshold=0.9, **FLAGS)))
+    flags = FLAGS | {"batch_size": 64}
+    sac = scalars(sac_continuous.train(sac_continuous.Args(**flags)))
+    logged = scalars(adaent.train(adaent.Args(similarity_threshold=0.9, **flags)))
     own = {"losses/plain_qf1_loss", "losses/plain_qf1_values", "losses/plain_qf_loss"}
     own |= {"adaent/similarity", "adaent/twin_similarity", "adaent/plain_share"}
     assert logged.keys() - sac.keys() == own
@@ -171,7 +172,7 @@ def test_the_plain_critic_learns_the_return_and_the_soft_one_the_entropy_beside_
     """Without rewards the true value is 0, and the soft one, of an entropy that is worth much, is far from it."""
     real = adaent.make_env
     monkeypatch.setattr(adaent, "make_env", lambda *a: gym.wrappers.TransformReward(real(*a), lambda reward: 0.0))
-    flags = FLAGS | {"total_timesteps": 900, "tau": 0.05, "gamma": 0.9}
+    flags = FLAGS | {"total_timesteps": 500, "q_lr": 3e-3, "tau": 0.05, "gamma": 0.9}
     logged = scalars(adaent.train(adaent.Args(autotune=False, alpha=1.0, **flags)))
     assert abs(logged["losses/plain_qf1_values"][-1][1]) < 0.1
     assert logged["losses/qf1_values"][-1][1] > 1

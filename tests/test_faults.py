@@ -170,19 +170,6 @@ def test_a_number_that_is_not_finite_stops_the_run_at_its_step(run_script, name,
     assert f"at step {step};" in err  # it is the same episode again
 
 
-def test_an_error_of_the_environment_keeps_its_traceback_and_gains_the_step():
-    command = [sys.executable, str(ROOT / "sac_discrete.py"), "--env-id", "tests.envs:OddBrokenPipe-v0", *FLAGS]
-    result = subprocess.run([*command, "--run-name", "it"], **SETTING, capture_output=True, check=False)
-    assert result.returncode == 1
-    assert "Traceback" in result.stderr
-    assert "envs.py" in result.stderr
-    last = result.stderr.strip().splitlines()[-2:]
-    assert last[0] == "ConnectionResetError: [Errno 104] Connection reset by peer"
-    step = torch.load("runs/it/checkpoint.pt", weights_only=True)["step"]
-    assert last[1].startswith("at step ")
-    assert last[1].endswith(f"the last checkpoint is of step {step}")
-
-
 def test_a_floating_point_error_of_the_environment_keeps_its_traceback_too(run_script):
     with pytest.raises(FloatingPointError, match="underflow") as raised:
         run_script("sac_discrete", "--env-id", "OddOwnCheck-v0", "--run-name", "it", *FLAGS)
@@ -234,11 +221,8 @@ def test_a_folder_has_one_owner_and_its_lock_dies_with_it():
     command = command_of("sac_discrete", *flags, run_name="shared")
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **SETTING)
     assert "from step 0" in first.stdout.readline()
-    second = subprocess.run(command, **SETTING, capture_output=True, check=False)
-    assert (second.returncode, second.stderr.count("\n")) == (2, 1)
-    assert f"--run-name shared: process {first.pid} on {socket.gethostname()} is running it" in second.stderr
-    assert first.poll() is None
     while not Path("runs/shared/checkpoint.pt").exists():
+        assert first.poll() is None
         time.sleep(0.05)
     first.kill()
     first.communicate()
@@ -381,7 +365,7 @@ def test_a_run_whose_folder_others_ask_for_ends_unharmed(scalars):
     third = subprocess.run(command, **SETTING, capture_output=True, check=False)
     os.kill(holder, signal.SIGCONT)
     assert (third.returncode, third.stderr.count("\n")) == (2, 1)
-    assert f"process {holder} on " in third.stderr
+    assert f"--run-name shared: process {holder} on {socket.gethostname()} is running it" in third.stderr
     errors = {process.pid: process.communicate(timeout=60)[1] for process in pair}
     assert {process.pid == holder: process.returncode for process in pair} == {True: 0, False: 2}
     assert errors.pop(holder) == ""
@@ -504,7 +488,8 @@ def test_a_run_whose_log_is_on_a_full_disk_goes_on():
     with open("/dev/full", "w") as full:
         command = [*command_of("sac_discrete", run_name="it"), "--log-interval", "1"]
         process = subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE, **SETTING)
-        process.communicate(timeout=60)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
     assert Path("runs/it/actor.pt").exists()
 
 

@@ -37,7 +37,6 @@ TINY |= {"compile": False}
 
 def in_a_child(function, kill_when=lambda: False):
     """Runs `function` in a forked process, killed when `kill_when()` is true: its exit code, negative for a signal."""
-    time.sleep(1.01 - time.time() % 1)  # TensorBoard orders a run's files by the second that they were opened in
     child = os.fork()
     if child == 0:
         code = 70
@@ -375,7 +374,6 @@ def test_the_first_step_after_a_resume_has_a_speed(scalars):
     """It is over the steps since the first update after the resume, which would compile."""
     args = unfinished(sac_discrete, update_frequency=1, log_interval=1)
     step = sac_discrete.load(Path("runs/unfinished"))["step"]
-    time.sleep(1)
     speeds = dict(scalars(sac_discrete.train(args))["charts/SPS"])
     assert speeds[step] == 0
     assert speeds[step + 1] > 10
@@ -387,7 +385,6 @@ def test_the_first_step_after_a_resume_has_a_speed(scalars):
 def test_a_run_may_be_lengthened_where_the_schedule_stays(scalars, module, flags):
     args = unfinished(module, **flags)
     args.total_timesteps = 1200
-    time.sleep(1)
     lengthened = module.train(args)
     args.run_name, args.resume = "long", False
     same_run(scalars, module.train(args), lengthened)
@@ -398,7 +395,6 @@ def test_resume_without_a_name_finds_the_latest_run_and_starts_afresh_without_a_
     assert in_a_child(lambda: sac_discrete.train(args), lambda: any(Path().glob("runs/*/args.json"))) == -signal.SIGKILL
     (killed,) = Path("runs").iterdir()
     args.checkpoint_interval = 40
-    time.sleep(1)
     finished = sac_discrete.train(args)
     assert finished == killed
     assert "from step 0" in capsys.readouterr().out
@@ -428,7 +424,7 @@ def test_a_resumed_run_lets_go_of_its_checkpoint(monkeypatch):
 def test_logged_twice_is_read_once(scalars):
     """The events that a killed run wrote after its last checkpoint are purged by TensorBoard's own reader."""
     args = unfinished(sac_discrete)
-    time.sleep(1)
+    time.sleep(1)  # TensorBoard orders a run's files by the second that they were opened in
     step = sac_discrete.load(Path("runs/unfinished"))["step"]
     run_dir = sac_discrete.train(args)
     files = [EventAccumulator(str(file)).Reload() for file in sorted(run_dir.glob("*tfevents*"))]

@@ -41,7 +41,7 @@ SCRIPTS = {
 }
 GAMES = ["Breakout-v1", "Asterix-v1", "Seaquest-v1", "Freeway-v1", "SpaceInvaders-v1"]
 SHORT = ["--total-timesteps", "400", "--learning-starts", "100", "--target-network-frequency", "50"]
-SHORT += ["--log-interval", "50", "--eval-episodes", "2", "--batch-size", "64", "--buffer-size", "1000", "--no-compile"]
+SHORT += ["--log-interval", "50", "--eval-episodes", "2", "--batch-size", "16", "--buffer-size", "1000", "--no-compile"]
 
 
 @pytest.fixture
@@ -62,7 +62,8 @@ def test_same_seed_same_numbers_to_the_bit(scalars, name, task):
         args = module.Args(
             env_id=SCRIPTS[name][task], seed=seed, total_timesteps=450, learning_starts=200, buffer_size=300
         )
-        args.log_interval, args.eval_episodes, args.target_network_frequency, args.compile = 4, 2, 50, False
+        args.log_interval, args.eval_episodes, args.target_network_frequency, args.batch_size = 4, 2, 50, 16
+        args.compile = False
         run_dir = module.train(args)
         logged = scalars(run_dir)
         assert logged.pop("charts/SPS")
