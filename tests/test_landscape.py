@@ -13,25 +13,34 @@ import sac_adaent_continuous as adaent
 import sac_continuous
 import sac_discrete
 import sac_v_continuous
-from plotting import figures, landscape
+from plotting import console, figures, landscape
 from tests.test_family import ROOT
 
 FLAGS = {"total_timesteps": 150, "learning_starts": 100, "eval_episodes": 1, "batch_size": 16, "buffer_size": 200}
 FLAGS |= {"compile": False}
 
 
-def draw(*flags):
-    command = [sys.executable, "-m", "plotting.landscape", *map(str, flags)]
-    return subprocess.run(
-        command, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def draw(monkeypatch, capsys):
+    """As `klac-landscape FLAGS` in this process: (exit code, errors)."""
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["klac-landscape", *map(str, flags)])
+        capsys.readouterr()
+        try:
+            console.load("landscape")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().err
+
+    return call
 
 
 @pytest.mark.parametrize("module", [adaent, sac_continuous, sac_v_continuous])
-def test_slices_are_the_critics_and_the_policys_density(module):
+def test_slices_are_the_critics_and_the_policys_density(draw, module):
     run_dir = module.train(module.Args(env_id="Reacher-v5", **FLAGS))
-    result = draw(run_dir, "--steps", 3, "--seed", 5, "--out", "figures")
-    assert result.returncode == 0, result.stderr
+    assert draw(run_dir, "--steps", 3, "--seed", 5, "--out", "figures") == (0, "")
     for suffix in ("png", "pdf"):
         assert Path(f"figures/landscape.{suffix}").stat().st_size > 5000
     table = pd.read_csv("figures/landscape.csv")
@@ -65,7 +74,7 @@ def test_slices_are_the_critics_and_the_policys_density(module):
     assert ("plain_critics" in table) == (module is adaent)
 
 
-def test_what_cannot_be_drawn_is_refused_in_one_line():
+def test_what_cannot_be_drawn_is_refused_in_one_line(draw):
     run_dir = sac_discrete.train(sac_discrete.Args(env_id="Walk-v0", **FLAGS))
     foreign = {
         "args": {"env_id": "nowhere:No-v0"},
@@ -84,20 +93,20 @@ def test_what_cannot_be_drawn_is_refused_in_one_line():
         (["damaged"], "actor.pt: damaged"), (["foreign"], "nowhere:No-v0, cannot be made: No module named"),
         (["older"], "holds no actor and critics"),
     ]:  # fmt: skip
-        result = draw(*flags, "--out", "figures")
-        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-        assert word in result.stderr
+        code, err = draw(*flags, "--out", "figures")
+        assert (code, err.count("\n")) == (2, 1), err
+        assert word in err
         assert not Path("figures").exists()
 
 
-def test_the_task_is_made_as_the_run_made_it():
+def test_the_task_is_made_as_the_run_made_it(draw):
     kwargs = ("g=1.0", "max_episode_steps=20", "render_mode=rgb_array")
     flags = FLAGS | {"env_kwargs": kwargs}
     run_dir = sac_continuous.train(sac_continuous.Args(env_id="Pendulum-v1", run_name="it", **flags))
     assert landscape.keywords(kwargs) == sac_continuous.env_kwargs(sac_continuous.Args(env_kwargs=kwargs))
-    result = draw(run_dir, "--out", "figures", "--steps", 20)
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert "ends at step 20" in result.stderr
+    code, err = draw(run_dir, "--out", "figures", "--steps", 20)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "ends at step 20" in err
 
 
 def test_a_critic_has_no_variants_colour():
@@ -105,14 +114,14 @@ def test_a_critic_has_no_variants_colour():
     assert variants.isdisjoint(colour for _, colour, _ in landscape.CURVES.values())
 
 
-def test_a_flipped_bit_is_refused():
+def test_a_flipped_bit_is_refused(draw):
     run_dir = sac_continuous.train(sac_continuous.Args(env_id="Pendulum-v1", run_name="it", **FLAGS))
     content = bytearray((run_dir / "actor.pt").read_bytes())
     content[len(content) // 2] ^= 1  # among the weights
     (run_dir / "actor.pt").write_bytes(content)
-    result = draw(run_dir, "--out", "figures")
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert "actor.pt: damaged" in result.stderr
+    code, err = draw(run_dir, "--out", "figures")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "actor.pt: damaged" in err
 
 
 def test_the_command_finds_a_task_in_the_current_folder_and_trusts_it_as_the_scripts_do(monkeypatch):
