@@ -715,8 +715,8 @@ def test_annealed_run_logs_its_schedule_and_what_was_realised(scalars):
 def test_a_termination_does_not_bootstrap_and_a_truncation_does(scalars, module, ending, value):
     """Reward 1 and gamma 1/2: a terminated step is worth 1; one cut by the clock goes on for 1 / (1 - gamma) = 2."""
     args = module.Args(env_id=f"ContinuousOneStep{ending}-v0", total_timesteps=600, gamma=0.5, autotune=False)
-    args.q_lr, args.alpha, args.batch_size, args.learning_starts, args.log_interval, args.tau = 3e-3, 0.0, 32, 100, 10, 0.05
-    args.eval_episodes, args.compile = 1, False
+    args.q_lr, args.alpha, args.batch_size, args.learning_starts, args.tau = 3e-3, 0.0, 32, 100, 0.05
+    args.log_interval, args.eval_episodes, args.compile = 10, 1, False
     if module is klac:
         args.bias = False
     values = scalars(module.train(args))["losses/qf1_values"]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 def finished_run(seed, **flags):
     args = klac_discrete.Args(env_id="Walk-v0", seed=seed, total_timesteps=600, learning_starts=100, **flags)
-    args.log_interval, args.eval_episodes, args.compile = 20, 1, False
+    args.log_interval, args.eval_episodes, args.batch_size, args.compile = 20, 1, 16, False
     return klac_discrete.train(args)
 
 
@@ -126,6 +126,7 @@ def test_runs_with_a_reference_stand_beside_those_without(scalars):
 
 def test_what_only_some_runs_log_is_in_their_rows_alone(scalars):
     flags = {"env_id": "Drift-v0", "total_timesteps": 300, "learning_starts": 100, "log_interval": 20}
+    flags["batch_size"] = 16
     folders = []
     for module in (sac_continuous, sac_adaent_continuous):
         folders.append(module.train(module.Args(**flags, eval_episodes=1, buffer_size=1000, compile=False)))

@@ -28,7 +28,7 @@ IDS = ["discrete", "continuous"]
 SCRIPTS = [module for pair in PAIRS for module in pair[:2]] + [sac_adaent_continuous, sac_v_continuous]
 CPU = torch.device("cpu")
 SHORT = {"learning_starts": 100, "target_network_frequency": 20, "log_interval": 1, "eval_episodes": 2}
-SHORT |= {"compile": False}
+SHORT |= {"batch_size": 16, "compile": False}
 
 
 @functools.cache
@@ -244,7 +244,7 @@ def leaves(tree):
 @pytest.mark.parametrize(("sac", "klac", "env_id"), PAIRS, ids=IDS)
 def test_with_alpha_at_zero_in_the_critic_sac_is_klac_ab_to_the_bit(scalars, monkeypatch, sac, klac, env_id, frequency):
     """Same seed, weights, draws, actor and temperature losses: without its entropy term SAC's run IS KLAC-ab's."""
-    real, alphas, flags = sac.td_target, [], SHORT | {"env_id": env_id, "total_timesteps": 400}
+    real, alphas, flags = sac.td_target, [], SHORT | {"env_id": env_id, "total_timesteps": 220}
     if frequency:  # the actor's first update is then the first update of the run
         flags |= {"policy_frequency" if sac is sac_continuous else "update_frequency": frequency}
     run_ab = klac.train(klac.Args(bias=False, anneal=False, **flags))
@@ -293,9 +293,9 @@ def test_variants_and_their_labels(monkeypatch, sac, klac, env_id, flags, label)
 @pytest.mark.parametrize(("sac", "klac", "env_id"), PAIRS, ids=IDS)
 def test_klac_a_and_ab_use_sac_s_heuristic_target(scalars, sac, klac, env_id):
     heuristic = 0.89 * math.log(3) if env_id == "Walk-v0" else -1.0
-    runs = [sac.train(sac.Args(env_id=env_id, total_timesteps=200, **SHORT))]
+    runs = [sac.train(sac.Args(env_id=env_id, total_timesteps=130, **SHORT))]
     for bias in (True, False):
-        args = klac.Args(env_id=env_id, total_timesteps=200, anneal=False, bias=bias, **SHORT)
+        args = klac.Args(env_id=env_id, total_timesteps=130, anneal=False, bias=bias, **SHORT)
         runs.append(klac.train(args))
     for run_dir in runs:
         np.testing.assert_allclose([v for _, v in scalars(run_dir)["policy/target_entropy"]], heuristic, rtol=1e-6)

@@ -121,8 +121,9 @@ def test_an_observation_beyond_its_bounds_is_refused(run_script, monkeypatch):
 
 
 def test_floats_under_a_float_space_are_learnt(scalars):
-    args = sac_discrete.Args(env_id="GreyFloats-v0", total_timesteps=2_000, learning_starts=300, batch_size=32)
+    args = sac_discrete.Args(env_id="GreyFloats-v0", total_timesteps=1_000, learning_starts=300, batch_size=32)
     args.compile, args.update_frequency, args.target_network_frequency = False, 1, 100
+    args.policy_lr = args.q_lr = 1e-3
     assert scalars(sac_discrete.train(args))["eval/episodic_return"][0][1] == 5
 
 
@@ -214,6 +215,9 @@ def test_an_environment_that_cannot_be_made_says_where(run_script, name, prefix)
 def command_of(name, *flags, run_name):
     env_id = f"tests.envs:{SCRIPTS[name][0]}"
     return [sys.executable, str(ROOT / f"{name}.py"), "--env-id", env_id, *FLAGS, "--run-name", run_name, *flags]
+
+
+BRIEF = ["--total-timesteps", "200"]
 
 
 def test_a_folder_has_one_owner_and_its_lock_dies_with_it():
@@ -486,7 +490,7 @@ def test_ctrl_c_saves_the_run_though_whatever_read_its_output_is_gone(merged):
 
 def test_a_run_whose_log_is_on_a_full_disk_goes_on():
     with open("/dev/full", "w") as full:
-        command = [*command_of("sac_discrete", run_name="it"), "--log-interval", "1"]
+        command = command_of("sac_discrete", *BRIEF, "--log-interval", "1", run_name="it")
         process = subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE, **SETTING)
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
@@ -494,7 +498,7 @@ def test_a_run_whose_log_is_on_a_full_disk_goes_on():
 
 
 def test_a_run_without_standard_error_trains():
-    command = ["bash", "-c", 'exec "$@" 2>&-', "bash", *command_of("sac_discrete", run_name="it")]
+    command = ["bash", "-c", 'exec "$@" 2>&-', "bash", *command_of("sac_discrete", *BRIEF, run_name="it")]
     result = subprocess.run(command, stdout=subprocess.PIPE, check=False, **SETTING)
     assert result.returncode == 0
     assert "deterministic return" in result.stdout
@@ -621,7 +625,7 @@ def test_without_a_compiler_a_run_says_so_is_eager_and_stays_so(monkeypatch, cap
 
 def test_a_machine_without_a_compiler_runs_the_script_eagerly():
     """As the script's own process meets it, with nothing in torch's cache."""
-    command = [part for part in command_of("klac_discrete", run_name="it") if part != "--no-compile"]
+    command = [part for part in command_of("klac_discrete", *BRIEF, run_name="it") if part != "--no-compile"]
     nothing = {"PATH": "/nonexistent", "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(Path("cache").resolve())}
     setting = SETTING | {"env": SETTING["env"] | nothing}
     result = subprocess.run(command, **setting, capture_output=True, check=False)
@@ -786,6 +790,7 @@ def test_a_buffer_beyond_the_memory_says_what_fits(run_script):
     assert fits * 2 * 348 * 4 < 10**12  # bytes: of this machine's order
 
 
+@pytest.mark.slow
 def test_mujoco_is_filmed_without_a_display():
     """Whether there is none, or one that is gone, as after ssh -X."""
     if not importlib.util.find_spec("mujoco") or not sac_continuous.ctypes.util.find_library("EGL"):

@@ -297,13 +297,13 @@ def test_a_termination_does_not_bootstrap_and_a_truncation_does(scalars, monkeyp
     monkeypatch.setattr(
         tests.envs.OneStep, "step", lambda self, action: (np.array([1.0, 0.0]), *real(self, action)[1:])
     )
-    args = Args(env_id=env_id, total_timesteps=3_000, gamma=0.5, bias=False, update_frequency=2, q_lr=1e-3, **TINY)
+    args = Args(env_id=env_id, total_timesteps=1_200, gamma=0.5, bias=False, update_frequency=2, q_lr=3e-3, **TINY)
     values = scalars(klac.train(args))["losses/qf1_values"]
     assert np.mean([v for _, v in values[-100:]]) == pytest.approx(value, abs=0.1)
 
 
 def test_a_truncated_episode_goes_on_from_its_own_last_observation(scalars):
-    args = Args(env_id="OneStepTruncation-v0", total_timesteps=3_000, gamma=0.5, bias=False, q_lr=1e-3, **TINY)
+    args = Args(env_id="OneStepTruncation-v0", total_timesteps=1_200, gamma=0.5, bias=False, q_lr=3e-3, **TINY)
     args.update_frequency = 2
     run_dir = klac.train(args)
     saved = torch.load(run_dir / "actor.pt", weights_only=True)
@@ -320,7 +320,7 @@ def test_a_truncated_episode_goes_on_from_its_own_last_observation(scalars):
 
 
 def test_beta_is_in_the_values_and_not_in_the_returns(scalars):
-    args = Args(env_id="OneStepTermination-v0", total_timesteps=3_000, beta=3.0, q_lr=1e-3, update_frequency=2, **TINY)
+    args = Args(env_id="OneStepTermination-v0", total_timesteps=1_200, beta=3.0, q_lr=3e-3, update_frequency=2, **TINY)
     logged = scalars(klac.train(args))
     assert {v for _, v in logged["charts/episodic_return"]} == {1.0}
     assert np.mean([v for _, v in logged["losses/qf1_values"][-100:]]) == pytest.approx(4.0, abs=0.2)  # r + beta
@@ -422,7 +422,7 @@ def test_reference_can_be_forked_as_the_documentation_says(scalars, monkeypatch)
     namespace = {"torch": torch}
     exec(fork, namespace)
     monkeypatch.setattr(klac, "make_log_q", namespace["make_log_q"])
-    args = Args(env_id="Bandit-v0", total_timesteps=4_000, update_frequency=2, policy_lr=3e-3, **FAST)
+    args = Args(env_id="Bandit-v0", total_timesteps=1_500, update_frequency=2, policy_lr=1e-2, **FAST)
     args.learning_starts, args.log_interval, args.autotune, args.alpha = 100, 1, False, 100.0
     logged = {tag: np.array(values).T[1] for tag, values in scalars(klac.train(args)).items()}
     assert logged["policy/kl"][0] > 0.1
@@ -668,12 +668,12 @@ def test_it_learns(scalars):
     """Catch: a random policy catches about one ball in four, a trained one nearly all."""
     args = Args(
         env_id="Catch-v0",
-        total_timesteps=8_000,
+        total_timesteps=5_000,
         learning_starts=1_000,
         target_network_frequency=100,
         update_frequency=2,
-        policy_lr=1e-3,
-        q_lr=1e-3,
+        policy_lr=3e-3,
+        q_lr=3e-3,
         eval_episodes=100,
         compile=False,
     )

@@ -14,6 +14,7 @@ import klac_discrete
 import sac_discrete
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group("package")  # its fixtures are made once
 COMMANDS = ("klac-figures", "klac-curves", "klac-landscape")
 
 

@@ -15,6 +15,7 @@ import torch
 
 from tests.test_campaign import ROOT, has, logs, write_list
 
+pytestmark = pytest.mark.xdist_group("slurm")  # one cluster
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -126,9 +127,14 @@ def test_a_list_is_run_in_arrays_and_failures_are_named_and_retried_on_request()
     assert again.returncode == 2
     assert "list.txt: already submitted, 5 runs" in again.stderr
     most = 0
-    while states := queue():
+
+    def empty():
+        nonlocal most
+        states = queue()
         most = max(most, sum("RUNNING" in state for state in states))
-        time.sleep(0.1)
+        return not states
+
+    wait_for(empty)
     assert most == 2  # the throttle
     assert "r0" not in logs()  # it was finished
     assert all(log[-1] == "done" for name, log in logs().items() if name != "r2")
@@ -163,6 +169,7 @@ def test_a_run_near_its_time_limit_saves_itself_and_is_requeued_alone():
     assert "r2: exit code 143, requeued at the time limit" in Path("list.txt.slurm").read_text()
 
 
+@pytest.mark.slow
 def test_real_runs_that_are_requeued_and_cancelled_end_as_if_they_were_not(scalars, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     shutil.copy(ROOT / "klac_discrete.py", ".")

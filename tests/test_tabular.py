@@ -65,7 +65,7 @@ def test_plain_policy_iteration_solves_the_linear_programme(case):
 
 
 @given(mdps())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_soft_policy_iteration_never_falls_and_ends_where_soft_value_iteration_does(case):
     mdp, alpha, log_q = case
     before = -np.inf
