@@ -143,6 +143,9 @@ def test_several_studies_that_begin_at_once_share_one():
     several = [subprocess.Popen([sys.executable, "-c", code], **setting) for _ in range(3)]
     errors = [process.communicate()[1] for process in several]
     assert [error.strip().splitlines()[-1] for error in errors] == ["no trial has finished"] * 3
+    trials = study_of("study").trials
+    assert [trial.number for trial in trials] == list(range(len(trials)))
+    assert 3 <= len(trials) <= 5  # each may have begun one while the others ended theirs
 
 
 def ends(parameter):
