@@ -336,6 +336,7 @@ def test_wrong_calls_of_the_driver_are_one_line(flags, word):
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 @needs_parallel
 def test_a_list_may_hold_more_names_than_an_environment_variable():
     Path("list.txt").write_text("".join(f"true --run-name {'x' * 240}{i}\n" for i in range(600)))

@@ -751,7 +751,7 @@ def test_kl_to_an_earlier_actor_is_held_at_its_budget(scalars):
     q.b3[0, 0] = torch.tensor([-0.5, math.atanh((5 - 0.7) / 3.5 - 1)])  # mean -0.5, log std -0.7
     torch.save({"args": {"env_id": "Drift-v0"}, "actor": q.state_dict()}, "q.pt")
     args = klac.Args(env_id="Drift-v0", total_timesteps=1_500, reference="q.pt", p_end=0.5, **SHORT)
-    args.q_lr, args.policy_lr, args.batch_size = 3e-3, 1e-3, 64
+    args.q_lr, args.policy_lr, args.batch_size = 3e-3, 1e-3, 32
     run_dir = klac.train(args)
     logged = {tag: np.array(values).T[1] for tag, values in scalars(run_dir).items()}
     budget = math.log(4) - klac.exploit_entropy(0.5, 0.25, 1)

@@ -505,6 +505,7 @@ def campaign(tmp_path_factory):
     return folders
 
 
+@pytest.mark.xdist_group("campaign")
 def test_all_figures_from_runs_and_again_from_tables(campaign, capsys):
     out = Path("out")
     figures.main(figures.Args(runs=campaign, out=out))
@@ -585,6 +586,7 @@ def test_runs_too_short_for_a_curve_are_in_the_table(capsys):
     assert (Path("out") / "table.md").read_text() == (ROOT / "results/prefix/figures/table.md").read_text()
 
 
+@pytest.mark.xdist_group("campaign")
 def test_runs_are_added_to_the_tables_of_earlier_ones(campaign, capsys):
     figures.main(figures.Args(runs=campaign, out=Path("at once"), only=(3,)))
     figures.main(figures.Args(runs=campaign[:6], out=Path("in parts"), only=(3,)))

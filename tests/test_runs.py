@@ -272,7 +272,7 @@ def test_annealing_flags_do_not_matter_without_annealing(run):
 @pytest.mark.parametrize(("name", "other_task"), [("klac_discrete", "Bandit-v0"), ("klac_continuous", "Point-v0")])
 def test_bad_reference_files_are_refused(run_script, tmp_path, name, other_task):
     def run(*flags):
-        return run_script(name, *flags)
+        return run_script(name, *flags, "--total-timesteps", 150)
 
     class Malicious:
         def __reduce__(self):
