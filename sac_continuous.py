@@ -405,7 +405,7 @@ class UsageError(ValueError):
 
 
 class NotFinite(FloatingPointError):
-    """A loss, a weight, an observation or a reward that is not finite, as float32 holds it."""
+    """A loss, a weight, an observation, an action or a reward that is not finite, as float32 holds it."""
 
 
 class NotSaved(OSError):
@@ -420,7 +420,8 @@ def require(valid: bool, message: str) -> None:
 def say(words: str, file=None) -> None:
     """Prints a line. One that a closed pipe, a full disk or a terminal that is gone does not take ends no run."""
     try:
-        print(words, file=file, flush=True)
+        with tqdm.external_write_mode(file):  # the bar makes room
+            print(words, file=file, flush=True)
     except BrokenPipeError:  # which would be raised again at the end of the process
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
     except (OSError, RuntimeError):  # RuntimeError: a signal's handler interrupted another line
@@ -600,7 +601,8 @@ def load(saved: Path) -> dict | None:
     A file from a stranger can run no code. Raises UsageError if it is damaged, or no saved run."""
     for path in [saved] if saved.is_file() else [saved / "actor.pt", saved / "checkpoint.pt"]:
         if path.exists():
-            with refusing(f"{path}: unreadable; without it the run starts afresh"), zipfile.ZipFile(path) as archive:
+            words = "; without it the run starts afresh" if path.name == "checkpoint.pt" else ""
+            with refusing(f"{path}: unreadable{words}"), zipfile.ZipFile(path) as archive:
                 require(archive.testzip() is None, "a checksum is wrong")  # torch does not look
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 _ = state["args"]["env_id"], state["actor"]  # what every saved run has
@@ -652,7 +654,7 @@ class Run:
         name = earlier[-1] if args.resume and earlier else f"{prefix}{time.time_ns() // 1000}"
         self.folder, self.state = Path("runs", args.run_name or name), None
         self.lock, self.csv, self.writer, self.wandb, self.handlers = None, None, None, None, {}
-        self.step, self.saved_step, self.hours, self.best_return = 0, 0, 0.0, -math.inf
+        self.step, self.saved_step, self.tracked_step, self.hours, self.best_return = 0, 0, -1, 0.0, -math.inf
         self.stopped_by, self.pending, self.first_update, self.returns = None, b"", None, deque(maxlen=20)
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         try:
@@ -670,8 +672,9 @@ class Run:
         if args.resume and os.path.isdir(self.folder):
             self.own()
             self.state = load(self.folder)
-            with suppress(OSError, ValueError):  # it was killed before the file was whole
+            with suppress(OSError, ValueError, LookupError, TypeError):  # it was killed before the file was whole
                 written = json.loads((self.folder / "args.json").read_text())
+                self.tracked_step = written["provenance"]["tracked_step"]
             began = self.state["args"] if self.state else written
         self.finished = self.state is not None and "step" not in self.state
         self.args = replace(args, compile=args.compile and began.get("compile", True))
@@ -747,7 +750,7 @@ class Run:
         whole = csv_size == 0 or (rows.exists() and rows.stat().st_size >= csv_size)
         require(whole, f"--resume: {rows} has lost rows since the checkpoint; without the folder the run starts afresh")
         new = f"--run-name {self.folder.name}: must be a new, writable folder"
-        require(self.args.resume or not self.folder.exists(), new)
+        require(self.args.resume or not self.folder.exists(), f"{new}; with --resume the one that is there goes on")
         if self.args.track:
             with refusing("--track: W&B"):
                 self.start_wandb()
@@ -761,7 +764,7 @@ class Run:
         self.csv.truncate(csv_size)  # what was logged after the checkpoint is logged again
         if csv_size == 0:
             self.pending = b"step,tag,value\n"
-        self.provenance = provenance()
+        self.provenance = provenance() | {"tracked_step": self.tracked_step}
         with refusing(f"{self.folder}: args.json is not written"):
             self.write_args()
         self.writer = SummaryWriter(self.folder, purge_step=self.step if self.args.resume else None)
@@ -791,11 +794,10 @@ class Run:
         self.wandb = wandb.init(**project, **own, **labels, save_code=True, reinit="create_new")
         self.wandb.define_metric("global_step")
         self.wandb.define_metric("*", step_metric="global_step")
-        self.tracked_step = -1  # what was logged until the kill is not sent again
-        if self.was_tracked:
+        if self.was_tracked:  # what was logged until the kill, or until one before it, is not sent again
             with suppress(OSError, ValueError):  # nothing was
                 whole_rows = (self.folder / "scalars.csv").read_bytes().rpartition(b"\n")[0]
-                self.tracked_step = int(whole_rows.rpartition(b"\n")[2].partition(b",")[0])
+                self.tracked_step = max(self.tracked_step, int(whole_rows.rpartition(b"\n")[2].partition(b",")[0]))
         self.tracked_clips = set(self.folder.glob("videos/*/*.mp4"))
 
     def send(self, step: int, scalars: dict) -> None:
@@ -807,7 +809,10 @@ class Run:
             for clip in sorted(set(self.folder.glob("videos/*/*.mp4")) - self.tracked_clips):
                 media.setdefault(f"videos/{clip.parent.name}", []).append(wandb.Video(str(clip), format="mp4"))
                 self.tracked_clips.add(clip)
-        self.wandb.log({"global_step": step, **scalars, **media}, step=step)
+        self.wandb.log({"global_step": step, **scalars}, step=step)
+        if media:
+            with self.warning("clips for W&B"):
+                self.wandb.log({"global_step": step, **media}, step=step)
 
     def stop(self, number: int, _) -> None:
         """A signal's handler: the run saves itself at the end of the episode. A second signal has its usual effect."""
@@ -829,7 +834,8 @@ class Run:
             error.add_note(f"at step {self.step}; {last if self.saved_step else 'there is no checkpoint yet'}")
         self.close()
         if self.wandb is not None:
-            self.wandb.finish(exit_code=0 if error is None else 1)
+            with self.warning("W&B"):
+                self.wandb.finish(exit_code=0 if error is None else 1)
 
     def close(self) -> None:
         """Gives back the signals and the folder: a notebook keeps an exception, and with it this run."""
@@ -877,7 +883,7 @@ class Run:
 
     @contextmanager
     def warning(self, what: str):
-        """Says in a line that a full disk did not take something, and the run goes on."""
+        """Says in a line that a full disk, or W&B's process, did not take something, and the run goes on."""
         try:
             yield
         except OSError as error:
@@ -901,7 +907,10 @@ class Run:
             with self.warning("scalars.csv"):
                 self.flush()
         if self.wandb is not None and step > self.tracked_step:  # which the next process takes from scalars.csv
-            self.send(step, scalars)
+            with self.warning("W&B, to which no more is sent"):
+                self.send(step, scalars)
+                return
+            self.wandb = None
 
     def flush(self) -> None:
         """Writes the rows of scalars.csv. Raises OSError on a full disk: what it refused is kept for the next time."""
@@ -1017,6 +1026,7 @@ class Filmed(gym.wrappers.RecordVideo):
             super().stop_recording()
         except OSError as error:
             say(f"{self.video_folder}: a clip is not written: {error!s:.150}", sys.stderr)
+            Path(self.video_folder, f"{self._video_name}.mp4").unlink(missing_ok=True)
             self.recorded_frames, self.recording = [], False
 
 
@@ -1024,7 +1034,11 @@ def film(env: gym.Env, args: Args, folder: Path, prefix: str = "clip") -> gym.En
     """With --capture-video, the environment with clips of its episodes 0, 1, 8, 27, ... in the folder."""
     if not args.capture_video:
         return env
-    return Filmed(env, str(folder), name_prefix=prefix, video_length=299, gc_trigger=None)  # takes one frame more
+    try:
+        return Filmed(env, str(folder), name_prefix=prefix, video_length=299, gc_trigger=None)  # takes one frame more
+    except OSError as error:
+        say(f"{folder}: no clip is written: {error!s:.150}", sys.stderr)
+        return env
 
 
 def evaluate(actor: nn.Module, args: Args, video: Path, deterministic: bool = True) -> np.ndarray:
@@ -1056,6 +1070,7 @@ def load_actor(flag: str, saved: str, args: Args, env: gym.Env) -> nn.Module:
     with refusing(f"--{flag} {saved}: must be {valid}"):
         state, (actor, _) = load(Path(saved)), make_networks(args, env)
         require(state is not None, "nothing is saved there")
+        require(flag != "reference" or "columns" not in state, "the run is not finished")
         actor.load_state_dict(state["actor"])
         require(all(weights.isfinite().all() for weights in actor.parameters()), "it is not")
     return actor
@@ -1075,9 +1090,11 @@ def evaluate_run(args: Args) -> None:
         require(valid, f"--{name.replace('_', '-')} {value}: {words}")
     check_flags(args)
     args = replace(args, **of_run)
-    actor = load_actor("evaluate", args.evaluate, args, make_env(args))
+    env = make_env(args)
+    actor = load_actor("evaluate", args.evaluate, args, env)
+    env.close()
     folder = saved if saved.is_dir() else saved.parent
-    found = {"actor": saved.name, "step": state.get("step"), "seed": args.seed}
+    found = {"actor": saved.resolve().name, "step": state.get("step"), "seed": args.seed}
     for name in ("deterministic", "stochastic"):
         returns = evaluate(actor, args, folder / "videos" / f"evaluate-{name}", name == "deterministic")
         found[f"{name}_returns"] = returns.tolist()

@@ -692,6 +692,65 @@ def test_wandb_has_no_row_that_scalars_csv_lacks():
     assert sent == [(2, "2,a,0.5"), (3, "3,a,0.5")]
 
 
+@pytest.mark.parametrize("dies", ["all", "clips"])
+def test_wandb_s_process_or_its_disk_may_fail_without_the_run(monkeypatch, scalars, capsys, dies):
+    sent = []
+
+    def log(data, step):
+        if step > 300 and (dies == "all" or any("videos" in key for key in data)):
+            raise ConnectionResetError(104, "Connection reset by peer")
+        sent.extend((step, tag) for tag in data)
+
+    def finish(exit_code):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    here = SimpleNamespace(define_metric=lambda *a, **k: None, log=log, finish=finish)
+    monkeypatch.setattr(wandb, "init", lambda **settings: here)
+    monkeypatch.setattr(wandb, "Video", lambda path, format: path)
+    logged = scalars(trained("sac_discrete", "CartPole-v1", track=True, capture_video=True, total_timesteps=500))
+    assert max(step for step, _ in logged["charts/episodic_return"]) > 300
+    lines = [line for line in capsys.readouterr().err.splitlines() if "W&B" in line]
+    rows = {(step, tag) for tag, values in logged.items() for step, _ in values}
+    assert rows - set(sent) == {row for row in rows if dies == "all" and row[0] > 300}
+    words = "W&B, to which no more is sent: " if dies == "all" else "clips for W&B: "
+    assert words in lines[0]
+    assert len(lines) == (1 if dies == "all" else len([line for line in lines if words in line]) + 1)
+
+
+def test_wandb_gets_no_step_twice_from_a_run_that_was_killed_twice(monkeypatch):
+    args = sac_discrete.Args(env_id="Walk-v0", run_name="it", resume=True, track=True, **TINY)
+    args.checkpoint_interval, sent, last = 150, [], []
+    here = SimpleNamespace(define_metric=lambda *a, **k: None, finish=lambda exit_code: None)
+    here.log = lambda data, step: sent.extend((step, tag) for tag in data if tag != "global_step")
+    monkeypatch.setattr(wandb, "init", lambda **settings: here)
+    real = sac_discrete.Run.log
+
+    def log(run, step, values):
+        real(run, step, values)
+        if step >= last[-1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sac_discrete.Run, "log", log)
+    for step in (290, 160):  # the second one ends before the first one did
+        last.append(step)
+        with pytest.raises(KeyboardInterrupt):
+            sac_discrete.train(args)
+        assert 140 < torch.load("runs/it/checkpoint.pt", weights_only=True)["step"] < 160
+    monkeypatch.setattr(sac_discrete.Run, "log", real)
+    sac_discrete.train(args)
+    assert len(sent) > 200
+    assert len(set(sent)) == len(sent)
+
+
+def test_a_run_that_is_not_finished_is_no_reference(run_script):
+    """Resumed, the run would take another policy for q than it began with."""
+    unfinished(klac_discrete)
+    code, _, err = run_script("klac_discrete", "--env-id", "Walk-v0", "--reference", "runs/unfinished", *FLAGS)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "--reference runs/unfinished: must be an earlier run's" in err
+    assert err.endswith("the run is not finished\n")
+
+
 @pytest.mark.parametrize(
     ("was_tracked", "since_its_checkpoint"), [(True, True), (False, False), (False, True), (True, False)]
 )

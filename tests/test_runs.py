@@ -3,6 +3,7 @@
 import ast
 import fcntl
 import importlib
+import io
 import json
 import os
 import pty
@@ -310,7 +311,7 @@ def test_unwritable_or_taken_run_folders_are_refused(run):
     before = sorted(Path("runs/mine").iterdir())
     code, _, errors = run("--env-id", "Walk-v0", *SHORT, "--run-name", "mine", "--track")
     assert code == 2
-    assert "--run-name mine" in errors
+    assert "--run-name mine: must be a new, writable folder; with --resume the one that is there goes on" in errors
     assert sorted(Path("runs/mine").iterdir()) == before
     assert not Path("wandb").exists()
 
@@ -352,6 +353,7 @@ def test_a_clip_that_a_full_disk_does_not_take_is_given_up(monkeypatch, capsys):
     def stop_recording(self):
         clips.append(self._video_name)
         if len(clips) == 1:
+            Path(self.video_folder, f"{self._video_name}.mp4").write_bytes(b"half")
             raise OSError(28, "No space left on device")
         real(self)
 
@@ -363,6 +365,32 @@ def test_a_clip_that_a_full_disk_does_not_take_is_given_up(monkeypatch, capsys):
     assert clips[1] in written
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("videos/train: a clip is not written: [Errno 28] No space left on device")
+
+
+def test_a_disk_without_room_for_the_folder_of_clips_costs_no_run(monkeypatch, capsys):
+    def makedirs(path, *a, **k):
+        if "videos" in str(path):
+            raise OSError(28, "No space left on device")
+        return real(path, *a, **k)
+
+    real = os.makedirs
+    monkeypatch.setattr(os, "makedirs", makedirs)
+    flags = {"total_timesteps": 300, "learning_starts": 100, "log_interval": 50, "eval_episodes": 1, "compile": False}
+    run_dir = klac_discrete.train(klac_discrete.Args(env_id="CartPole-v1", capture_video=True, **flags))
+    assert (run_dir / "actor.pt").exists()
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.endswith("videos/train: no clip is written: [Errno 28] No space left on device")
+    assert "videos/eval" in last
+
+
+def test_a_line_is_not_written_into_the_progress_bar(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(sys, "stderr", shown)
+    with klac_discrete.tqdm(total=10) as bar:
+        bar.update()
+        klac_discrete.say("a line")
+    assert shown.getvalue().partition("a line")[0].endswith("\r")  # the bar is wiped from the line
 
 
 def test_what_cannot_be_rendered_is_refused(run):
