@@ -569,10 +569,8 @@ class Checked(gym.Wrapper):
             require(inside, f"{self.observes} {obs.min()} to {obs.max()}, its space is {self.space}")
 
     def convert(self, obs) -> np.ndarray:
-        try:
-            given = np.asarray(obs)
-        except Exception as error:  # it is ragged, or torch's and on a GPU
-            raise UsageError(f"--env-id {self.name}: the observation is no array of numbers: {error!s:.200}") from error
+        with refusing(f"--env-id {self.name}: the observation is no array of numbers"):
+            given = np.asarray(obs)  # it may be ragged, or torch's and on a GPU
         castable = given.dtype.kind in ("buif" if self.dtype.kind == "f" else "bui")
         if not castable or given.shape != self.space.shape:
             raise UsageError(f"{self.observes} {given.dtype} {given.shape}, its space is {self.space}")
@@ -596,10 +594,8 @@ class Checked(gym.Wrapper):
         else:
             sent = action + int(self.action_space.start)
         obs, reward, terminated, truncated, info = self.env.step(sent)
-        try:
+        with refusing(f"--env-id {self.name}: the reward must be one number, not {reward!r:.100}"):
             reward = float(np.asarray(reward).item())
-        except Exception as error:
-            raise UsageError(f"--env-id {self.name}: the reward must be one number, not {reward!r:.100}") from error
         if not abs(reward) <= torch.finfo(torch.float32).max:
             raise NotFinite(f"the environment's reward is {reward}")
         return self.convert(obs), reward, bool(terminated), bool(truncated), info
@@ -1172,19 +1168,17 @@ GROUPS = {  # of --help; a flag that is in none of them is the algorithm's
 def show_help() -> None:
     """Prints --help and exits. tyro draws a box for each nested class: each group is a copy of Args without the others'
     flags."""
-    group_of, boxes = {flag: group for group, flags in GROUPS.items() for flag in flags}, []
-    for group in GROUPS:
+    boxes, known = [], set().union(*GROUPS.values())
+    for group, flags in GROUPS.items():
         changed = []
         for flag in fields(Args):
-            kind = Args.__annotations__[flag.name]
-            if group_of.get(flag.name, "algorithm") != group:
-                changed.append((flag.name, Annotated[kind, tyro.conf.Suppress], flag))
-            elif flag.default in (None, ()):  # its description says what that means
-                changed.append((flag.name, Annotated[kind, tyro.conf.arg(help_behavior_hint="")], flag))
+            shown = tyro.conf.arg(help_behavior_hint="" if flag.default in (None, ()) else None)  # its text says what
+            how = shown if flag.name in (flags or {flag.name} - known) else tyro.conf.Suppress
+            changed.append((flag.name, Annotated[Args.__annotations__[flag.name], how], flag))
         box = make_dataclass(group, changed, bases=(Args,))
         boxes.append((group, box, field(default_factory=box)))
-    help_of_all = make_dataclass("Help", boxes)
-    tyro.cli(help_of_all, description=__doc__.partition("\n")[0], config=(tyro.conf.OmitArgPrefixes,))
+    first_line = __doc__.partition("\n")[0]
+    tyro.cli(make_dataclass("Help", boxes), description=first_line, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def main() -> None:
