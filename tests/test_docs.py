@@ -292,9 +292,9 @@ def test_sac_with_klacs_target_is_the_committed_runs_beside_those_of_the_figures
 
 def test_the_table_of_the_full_length_is_the_committed_runs():
     page = (ROOT / "docs/results.md").read_text().partition("## The paper's full length")[2].partition("\n## ")[0]
-    runs = pd.concat([pd.read_csv(ROOT / f"results/{game}_3m/summary.csv") for game in ("seaquest", "breakout", "asterix")])
-    runs = runs.set_index(["task", "algorithm"])
     games = ("Seaquest", "Breakout", "Asterix")
+    runs = pd.concat([pd.read_csv(ROOT / f"results/{game.lower()}_3m/summary.csv") for game in games])
+    runs = runs.set_index(["task", "algorithm"])
     runs = runs.loc[[(f"{game}-v1", name) for game in games for name in ("SAC", "KLAC")]]
     assert (runs["steps"] == 3_000_000).all()
     rows = {"random policy": ("random", ".1f"), "return": ("last 10%", ".1f"), "ten best episodes": ("best 10", ".1f")}
