@@ -513,8 +513,10 @@ class Checked(gym.Wrapper):
             require(inside, f"{self.observes} {obs.min()} to {obs.max()}, its space is {self.space}")
 
     def convert(self, obs) -> np.ndarray:
-        with refusing(f"--env-id {self.name}: the observation is no array of numbers"):
-            given = np.asarray(obs)  # it may be ragged, or torch's and on a GPU
+        try:
+            given = np.asarray(obs)
+        except Exception as error:  # it is ragged, or torch's and on a GPU
+            raise UsageError(f"--env-id {self.name}: the observation is no array of numbers: {error!s:.200}") from error
         castable = given.dtype.kind in ("buif" if self.dtype.kind == "f" else "bui")
         if not castable or given.shape != self.space.shape:
             raise UsageError(f"{self.observes} {given.dtype} {given.shape}, its space is {self.space}")
@@ -538,8 +540,10 @@ class Checked(gym.Wrapper):
         else:
             sent = action + int(self.action_space.start)
         obs, reward, terminated, truncated, info = self.env.step(sent)
-        with refusing(f"--env-id {self.name}: the reward must be one number, not {reward!r:.100}"):
+        try:
             reward = float(np.asarray(reward).item())
+        except Exception as error:
+            raise UsageError(f"--env-id {self.name}: the reward must be one number, not {reward!r:.100}") from error
         if not abs(reward) <= torch.finfo(torch.float32).max:
             raise NotFinite(f"the environment's reward is {reward}")
         return self.convert(obs), reward, bool(terminated), bool(truncated), info
@@ -906,7 +910,7 @@ class Run:
             with self.warning("W&B, to which no more is sent"):
                 self.send(step, scalars)
                 return
-            self.wandb = None
+            self.wandb = None  # that was refused
 
     def flush(self) -> None:
         """Writes the rows of scalars.csv. Raises OSError on a full disk: what it refused is kept for the next time."""

@@ -441,7 +441,7 @@ def test_most_random_squashed_gaussian_is_that_much_below_the_uniform_policy():
     assert math.log(2) + best.fun == pytest.approx(0.0096, abs=1e-4)
 
 
-@pytest.mark.parametrize("module", [klac, pytest.param(sac, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("module", [klac, *(pytest.param(other, marks=pytest.mark.slow) for other in (sac, adaent))])
 def test_actions_never_leave_the_box_by_a_rounding(module, monkeypatch):
     """Drift asserts that its box contains each action; this box's ends are no float32, and the policy saturates."""
     monkeypatch.setattr(tests.envs.Drift, "action_space", gym.spaces.Box(np.float32([-1.4]), np.float32([0.8])))

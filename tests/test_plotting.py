@@ -538,7 +538,9 @@ def test_all_figures_from_runs_and_again_from_tables(campaign, capsys):
     assert Path("paper/figure3.pdf").read_text() == "another's"
 
     shutil.rmtree("runs")
+    capsys.readouterr()
     figures.main(figures.Args(redraw=True, out=out))
+    assert capsys.readouterr().err == ""
     again = {path.name: path.read_bytes() for path in out.iterdir()}
     assert again == drawn
 

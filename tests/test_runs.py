@@ -521,6 +521,7 @@ def test_wandb_shows_a_run_over_its_environment_steps_with_its_clips(scalars, mo
 @pytest.mark.parametrize(("environment", "word"), [
     ({"WANDB_MODE": "online", "WANDB_API_KEY": ""}, "wandb login"),
     ({"WANDB_MODE": "online", "WANDB_API_KEY": "abc"}, "--track"),
+    ({"WANDB_MODE": "bogus"}, "--track"),
 ])  # fmt: skip
 @pytest.mark.usefixtures("wandb_here")
 def test_tracking_that_cannot_start_is_refused_in_one_line(run, monkeypatch, environment, word):
