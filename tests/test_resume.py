@@ -19,13 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import klac_continuous
 import klac_discrete
 import sac_discrete
-from tests.conftest import two_of
+from tests.conftest import end_wandb, two_of
 from tests.test_runs import SCRIPTS, history_of
 
 ROOT = Path(__file__).parent.parent
@@ -49,13 +48,19 @@ def in_a_child(function, kill_when=lambda: False):
             code = 0
         finally:
             os._exit(code)
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if kill_when():
+    done, end = 0, time.monotonic() + 300
+    try:
+        while not done:
+            assert time.monotonic() < end, "the forked process does not end"
+            if kill_when():
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.002)
+            done, status = os.waitpid(child, os.WNOHANG)
+    finally:
+        if not done:  # one that is left keeps the worker's pipes open, for which xdist waits
             os.kill(child, signal.SIGKILL)
-        time.sleep(0.002)
+            os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 def same_run(scalars, one, other):
@@ -453,7 +458,7 @@ def test_a_resumed_run_is_one_run_in_wandb_and_no_step_is_in_it_twice(scalars, m
     monkeypatch.setattr(sac_discrete.Run, "log", log)
     assert sac_discrete.load(Path("runs/it"))["step"] < 450  # so that some steps are trained again
     run_dir = sac_discrete.train(args)
-    wandb.teardown()  # its process writes the rest of its files
+    end_wandb()
     histories = [history_of(folder) for folder in Path("wandb").glob("offline-run-*")]
     assert [description.run_id for _, description in histories] == ["it"] * 2
     sent = {tag: sum(counts.get(tag, 0) for counts, _ in histories) for tag in scalars(run_dir)}

@@ -28,7 +28,7 @@ import wandb.proto.wandb_internal_pb2 as wandb_records
 
 import klac_continuous
 import klac_discrete
-from tests.conftest import main, two_of
+from tests.conftest import end_wandb, main, two_of
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "klac_discrete.py"  # where the scripts share the code, one of them stands for all (see test_family.py)
@@ -481,7 +481,7 @@ def test_two_tracked_runs_of_one_process_stay_apart_and_a_third_is_not_tracked(s
     capfd.readouterr()
     klac_discrete.train(replace(tracked[0], track=False))
     assert "wandb" not in capfd.readouterr().err
-    wandb.teardown()  # its process writes the rest of its files
+    end_wandb()
     histories = [history_of(offline_run) for offline_run in Path("wandb").glob("offline-run-*")]
     counts = {description.display_name: counts for counts, description in histories}
     assert len(histories) == 2
@@ -489,6 +489,13 @@ def test_two_tracked_runs_of_one_process_stay_apart_and_a_third_is_not_tracked(s
     for run_dir in run_dirs:
         logged = {tag: len(values) for tag, values in scalars(run_dir).items()}
         assert {tag: counts[run_dir.name][tag] for tag in logged} == logged
+
+
+@pytest.mark.usefixtures("wandb_here")
+def test_a_process_of_wandb_that_hangs_is_ended_with_its_test():
+    wandb.init().finish()
+    subprocess.run(["pkill", "-STOP", "-P", str(os.getpid()), "wandb-core"], check=True)
+    end_wandb(1)
 
 
 @pytest.mark.usefixtures("wandb_here")

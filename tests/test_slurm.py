@@ -53,7 +53,7 @@ def wait_for(condition, seconds=60):
 
 
 def ask(*command):
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +84,7 @@ def _cluster():
             wait_for(lambda: ask("sinfo", "--noheader", "--format", "%T").strip() == "idle")
             yield
         finally:
-            subprocess.run(["scancel", "--full", "--signal", "KILL", "--user", "root"], check=False)
+            subprocess.run(["scancel", "--full", "--signal", "KILL", "--user", "root"], check=False, timeout=60)
             for pid in ("slurmd", "slurmctld", "munged"):
                 subprocess.run(["pkill", "--pidfile", folder / f"{pid}.pid"], check=False)
             wait_for(lambda: not list(folder.glob("*.pid")))
@@ -92,7 +92,7 @@ def _cluster():
 
 def submit(*flags):
     command = [ROOT / "benchmark/run_slurm.sh", "list.txt", "--mem", "100M", *flags]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
 def queue():
