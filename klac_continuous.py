@@ -464,7 +464,8 @@ def require(valid: bool, message: str) -> None:
 def say(words: str, file=None) -> None:
     """Prints a line. One that a closed pipe, a full disk or a terminal that is gone does not take ends no run."""
     try:
-        with tqdm.external_write_mode(file):  # the bar makes room
+        # the bar makes room; what interrupts tqdm's own wait for its lock is lost to a RuntimeError
+        with tqdm.get_lock(), tqdm.external_write_mode(file, nolock=True):
             print(words, file=file, flush=True)
     except BrokenPipeError:  # which would be raised again at the end of the process
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())

@@ -1,15 +1,11 @@
-import contextlib
 import csv
 import os
 import runpy
 import signal
-import subprocess
 import sys
-import threading
 from pathlib import Path
 
 os.environ["WANDB_MODE"] = "offline"  # no test may reach out; the login test overrides this
-os.environ["WANDB__DISABLE_STATS"] = "true"  # nor is the machine watched
 
 import pytest
 import torch
@@ -69,25 +65,9 @@ def run_script(monkeypatch, capsys):
     return lambda name, *flags: main(name, *flags, monkeypatch=monkeypatch, capsys=capsys)
 
 
-def end_wandb(seconds=60):
-    """W&B's process writes the rest of its files and ends; one that does not is killed."""
-
-    def end():
-        with contextlib.suppress(SystemExit):  # raised where it was killed
-            wandb.teardown()
-
-    ending = threading.Thread(target=end, daemon=True)
-    ending.start()
-    ending.join(seconds)
-    if ending.is_alive():
-        subprocess.run(["pkill", "-KILL", "-P", str(os.getpid()), "wandb-core"], check=False)
-        ending.join(seconds)
-    assert not ending.is_alive()
-
-
 @pytest.fixture
 def wandb_here():
     """W&B's process keeps the folder in which it began: this test has one of its own."""
-    end_wandb()
+    wandb.teardown()
     yield
-    end_wandb()
+    wandb.teardown()

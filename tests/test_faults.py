@@ -692,6 +692,7 @@ def test_wandb_has_no_row_that_scalars_csv_lacks():
     assert sent == [(2, "2,a,0.5"), (3, "3,a,0.5")]
 
 
+@pytest.mark.usefixtures("wandb_here")
 @pytest.mark.parametrize("dies", ["all", "clips"])
 def test_wandb_s_process_or_its_disk_may_fail_without_the_run(monkeypatch, scalars, capsys, dies):
     sent = []
@@ -722,6 +723,7 @@ def test_wandb_s_process_or_its_disk_may_fail_without_the_run(monkeypatch, scala
         assert "/CartPole-v1: W&B: not written" in end
 
 
+@pytest.mark.usefixtures("wandb_here")
 def test_wandb_gets_no_step_twice_from_a_run_that_was_killed_twice(monkeypatch):
     args = sac_discrete.Args(env_id="Walk-v0", run_name="it", resume=True, track=True, **TINY)
     args.checkpoint_interval, sent, last = 150, [], []
@@ -756,6 +758,7 @@ def test_a_run_that_is_not_finished_is_no_reference(run_script):
     assert err.endswith("the run is not finished\n")
 
 
+@pytest.mark.usefixtures("wandb_here")
 @pytest.mark.parametrize(
     ("was_tracked", "since_its_checkpoint"), [(True, True), (False, False), (False, True), (True, False)]
 )

@@ -12,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 import klac_continuous
 import klac_discrete
 import sac_discrete
-from tests.conftest import end_wandb, two_of
+from tests.conftest import two_of
 from tests.test_runs import SCRIPTS, history_of
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +42,8 @@ def in_a_child(function, kill_when=lambda: False):
     """Runs `function` in a forked process, killed when `kill_when()` is true: its exit code, negative for a signal."""
     child = os.fork()
     if child == 0:
+        # tqdm's own is shared with this process, which would wait for ever for what a killed child held
+        tqdm.set_lock(threading.RLock())
         code = 70
         try:
             with open(os.devnull, "w") as nothing:
@@ -61,6 +66,17 @@ def in_a_child(function, kill_when=lambda: False):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
+
+
+def test_a_fork_killed_while_it_writes_a_line_does_not_keep_this_process_from_writing():
+    def die_with_the_lock():
+        with tqdm.get_lock():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shared, _ = tqdm.get_lock().locks
+    assert in_a_child(die_with_the_lock) == -signal.SIGKILL
+    assert shared.acquire(timeout=1)
+    shared.release()
 
 
 def same_run(scalars, one, other):
@@ -458,7 +474,7 @@ def test_a_resumed_run_is_one_run_in_wandb_and_no_step_is_in_it_twice(scalars, m
     monkeypatch.setattr(sac_discrete.Run, "log", log)
     assert sac_discrete.load(Path("runs/it"))["step"] < 450  # so that some steps are trained again
     run_dir = sac_discrete.train(args)
-    end_wandb()
+    wandb.teardown()  # its process writes the rest of its files
     histories = [history_of(folder) for folder in Path("wandb").glob("offline-run-*")]
     assert [description.run_id for _, description in histories] == ["it"] * 2
     sent = {tag: sum(counts.get(tag, 0) for counts, _ in histories) for tag in scalars(run_dir)}

@@ -10,10 +10,12 @@ import pty
 import re
 import runpy
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -28,7 +30,7 @@ import wandb.proto.wandb_internal_pb2 as wandb_records
 
 import klac_continuous
 import klac_discrete
-from tests.conftest import end_wandb, main, two_of
+from tests.conftest import main, two_of
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "klac_discrete.py"  # where the scripts share the code, one of them stands for all (see test_family.py)
@@ -393,6 +395,31 @@ def test_a_line_is_not_written_into_the_progress_bar(monkeypatch):
     assert shown.getvalue().partition("a line")[0].endswith("\r")  # the bar is wiped from the line
 
 
+def test_what_interrupts_a_line_that_waits_for_another_is_not_lost():
+    """As a second Ctrl-C, or a test's time limit."""
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with klac_discrete.tqdm.get_lock():
+            held.set()
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            over.wait(60)
+
+    def interrupt(*_):
+        over.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    with pytest.raises(KeyboardInterrupt):
+        klac_discrete.say("a line")
+    other.join()
+    signal.signal(signal.SIGUSR1, before)
+
+
 def test_what_cannot_be_rendered_is_refused(run):
     code, _, errors = run("--env-id", "Walk-v0", *SHORT, "--capture-video")
     assert code == 2
@@ -481,7 +508,7 @@ def test_two_tracked_runs_of_one_process_stay_apart_and_a_third_is_not_tracked(s
     capfd.readouterr()
     klac_discrete.train(replace(tracked[0], track=False))
     assert "wandb" not in capfd.readouterr().err
-    end_wandb()
+    wandb.teardown()  # its process writes the rest of its files
     histories = [history_of(offline_run) for offline_run in Path("wandb").glob("offline-run-*")]
     counts = {description.display_name: counts for counts, description in histories}
     assert len(histories) == 2
@@ -489,13 +516,6 @@ def test_two_tracked_runs_of_one_process_stay_apart_and_a_third_is_not_tracked(s
     for run_dir in run_dirs:
         logged = {tag: len(values) for tag, values in scalars(run_dir).items()}
         assert {tag: counts[run_dir.name][tag] for tag in logged} == logged
-
-
-@pytest.mark.usefixtures("wandb_here")
-def test_a_process_of_wandb_that_hangs_is_ended_with_its_test():
-    wandb.init().finish()
-    subprocess.run(["pkill", "-STOP", "-P", str(os.getpid()), "wandb-core"], check=True)
-    end_wandb(1)
 
 
 @pytest.mark.usefixtures("wandb_here")
