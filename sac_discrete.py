@@ -564,7 +564,9 @@ def make_gym(args: Args, env_id: str, render: bool) -> gym.Env:
             env = gym.wrappers.FlattenObservation(env)
         if render:
             env.reset(seed=0)
-            env.render()  # fails now rather than in the run
+            frame = env.render()  # fails now rather than in the run
+            if env.render_mode != "rgb_array" or getattr(frame, "ndim", None) != 3:
+                raise TypeError(f"render_mode is {env.render_mode}, and render() must give an array (height, width, 3)")
         return env
     except Exception as error:  # of Gymnasium, of an imported module, or of the environment itself
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -746,7 +748,8 @@ class Run:
         self.csv.truncate(csv_size)  # what was logged after the checkpoint is logged again
         if csv_size == 0:
             self.pending = b"step,tag,value\n"
-        self.provenance = provenance() | {"tracked_step": self.tracked_step}
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        self.provenance = provenance() | {"device": device, "tracked_step": self.tracked_step}
         with refusing(f"{self.folder}: args.json is not written"):
             self.write_args()
         self.writer = SummaryWriter(self.folder, purge_step=self.step if self.args.resume else None)
@@ -818,6 +821,8 @@ class Run:
         if self.wandb is not None:
             with self.warning("W&B"):
                 self.wandb.finish(exit_code=0 if error is None else 1)
+        if self.stopped_by is not None and getattr(kind, "__module__", "").startswith("torch."):
+            self.end_stopped()  # a terminal's Ctrl-C ends the C++ compiler too
 
     def close(self) -> None:
         """Gives back the signals and the folder: a notebook keeps an exception, and with it this run."""
@@ -960,8 +965,11 @@ class Run:
             save(state | {"csv_size": self.csv.tell()}, self.folder / "checkpoint.pt")
             self.saved_step = self.step + 1
         if self.stopped_by is not None:
-            say(f"{self.folder}: stopped; the same command with --resume goes on from step {self.saved_step}")
-            raise KeyboardInterrupt(self.stopped_by)
+            self.end_stopped()
+
+    def end_stopped(self) -> None:
+        say(f"{self.folder}: stopped; the same command with --resume goes on from step {self.saved_step}")
+        raise KeyboardInterrupt(self.stopped_by)
 
     def finish(self, **networks: nn.Module) -> None:
         """Evaluates the policy, and puts the networks in the checkpoint's place."""
@@ -1001,12 +1009,12 @@ def provenance() -> dict:
 
 
 class Filmed(gym.wrappers.RecordVideo):
-    """Clips, of which one that a full disk does not take is given up."""
+    """Clips, of which one that cannot be written is given up."""
 
     def stop_recording(self):
         try:
             super().stop_recording()
-        except OSError as error:
+        except Exception as error:  # of a full disk, or of frames that differ in size
             say(f"{self.video_folder}: a clip is not written: {error!s:.150}", sys.stderr)
             Path(self.video_folder, f"{self._video_name}.mp4").unlink(missing_ok=True)
             self.recorded_frames, self.recording = [], False

@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -88,6 +89,22 @@ class Walk(gym.Env):
         self.x += int(action) - 1
         self.noise = self.np_random.random()
         return self._observe(), float(self.x), self.x in (0, 4), False, {}
+
+
+class Frames(Walk):
+    """Renders what RecordVideo cannot write."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, kind, render_mode=None):
+        self.kind = kind
+        if kind != "modeless":
+            self.render_mode = render_mode
+
+    def render(self):
+        frame = np.zeros((64, 64, 3), np.uint8)
+        kinds = {"none": None, "grey": frame[..., 0], "rows": frame.tolist(), "modeless": frame}
+        return kinds[self.kind] if self.kind in kinds else np.zeros((64 + 16 * self.x, 64, 3), np.uint8)
 
 
 class StayOrExit(gym.Env):
@@ -280,6 +297,7 @@ def register() -> None:
     gym.register("Catch-v0", Catch)
     gym.register("CatchTurned-v0", Catch, kwargs={"turned": True})
     gym.register("Bandit-v0", Bandit)
+    gym.register("Frames-v0", Frames, max_episode_steps=8)
     gym.register("OneStepTermination-v0", OneStep, kwargs={"ending": "termination"})
     gym.register("OneStepTruncation-v0", OneStep, kwargs={"ending": "truncation"})
     for ending in ("termination", "truncation"):

@@ -488,6 +488,24 @@ def test_ctrl_c_saves_the_run_though_whatever_read_its_output_is_gone(merged):
     assert torch.load("runs/it/checkpoint.pt", weights_only=True)["step"] > 0
 
 
+def test_ctrl_c_that_ends_the_compiler_too_stops_the_run_as_ever(monkeypatch, run_script):
+    """As from a terminal, whose whole process group it reaches."""
+
+    def compile_and_be_stopped(function, **_):
+        def compiled(*_):
+            os.kill(os.getpid(), signal.SIGINT)
+            raise torch._inductor.exc.CppCompileError(["g++"], "")
+
+        return function if function is torch.sin else compiled
+
+    monkeypatch.setattr(torch, "compile", compile_and_be_stopped)
+    flags = ["--env-id", "Walk-v0", "--run-name", "it", "--total-timesteps", "300", "--learning-starts", "100"]
+    code, out, err = run_script("sac_discrete", *flags)
+    assert code == 128 + signal.SIGINT
+    assert out.endswith("runs/it: stopped; the same command with --resume goes on from step 0\n")
+    assert err == "stopping at the end of this episode; once more to stop now\n"
+
+
 def test_a_run_whose_log_is_on_a_full_disk_goes_on():
     with open("/dev/full", "w") as full:
         command = command_of("sac_discrete", *BRIEF, "--log-interval", "1", run_name="it")

@@ -420,10 +420,19 @@ def test_what_interrupts_a_line_that_waits_for_another_is_not_lost():
     signal.signal(signal.SIGUSR1, before)
 
 
-def test_what_cannot_be_rendered_is_refused(run):
-    code, _, errors = run("--env-id", "Walk-v0", *SHORT, "--capture-video")
+def test_frames_that_make_no_clip_cost_no_run(run):
+    code, _, errors = run("--env-id", "Frames-v0", *SHORT, "--capture-video", "--env-kwargs", "kind=growing")
+    assert code == 0
+    assert "/videos/train: a clip is not written: " in errors
+
+
+@pytest.mark.parametrize("kind", [None, "grey", "none", "rows", "modeless"])
+def test_what_cannot_be_rendered_is_refused(run, kind):
+    env_id = ["Walk-v0"] if kind is None else ["Frames-v0", "--env-kwargs", f"kind={kind}"]
+    code, _, errors = run("--env-id", *env_id, *SHORT, "--capture-video")
     assert code == 2
-    assert errors.startswith("klac_discrete.py: --env-id Walk-v0 --capture-video: ")
+    assert errors.startswith(f"klac_discrete.py: --env-id {env_id[0]}")
+    assert "--capture-video: " in errors
     assert errors.count("\n") == 1
     assert not Path("runs").exists()
 
@@ -648,7 +657,8 @@ def test_a_run_says_what_its_numbers_depend_on(tmp_path, scalars, monkeypatch):
         runpy.run_path(str(tmp_path / "sac_discrete.py"), run_name="__main__")
         return json.loads((tmp_path / "runs" / name / "args.json").read_text())["provenance"]
 
-    assert provenance("no-repository")["revision"] is None
+    found = provenance("no-repository")
+    assert (found["revision"], found["device"]) == (None, "cpu")
     for command in (["init", "-q"], ["add", "sac_discrete.py"], ["commit", "-qm", "Begin"]):
         subprocess.run([*git, *command], cwd=tmp_path, check=True)
     revision = subprocess.run([*git, "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
