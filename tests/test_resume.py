@@ -53,10 +53,9 @@ def in_a_child(function, kill_when=lambda: False):
             code = 0
         finally:
             os._exit(code)
-    done, end = 0, time.monotonic() + 300
+    done = 0
     try:
         while not done:
-            assert time.monotonic() < end, "the forked process does not end"
             if kill_when():
                 os.kill(child, signal.SIGKILL)
             time.sleep(0.002)

@@ -53,7 +53,7 @@ def wait_for(condition, seconds=60):
 
 
 def ask(*command):
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,7 +92,7 @@ def _cluster():
 
 def submit(*flags):
     command = [ROOT / "benchmark/run_slurm.sh", "list.txt", "--mem", "100M", *flags]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def queue():
