@@ -770,8 +770,7 @@ class Run:
         self.csv.truncate(csv_size)  # what was logged after the checkpoint is logged again
         if csv_size == 0:
             self.pending = b"step,tag,value\n"
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        self.provenance = provenance() | {"device": device, "tracked_step": self.tracked_step}
+        self.provenance = provenance(self.device) | {"tracked_step": self.tracked_step}
         with refusing(f"{self.folder}: args.json is not written"):
             self.write_args()
         self.writer = SummaryWriter(self.folder, purge_step=self.step if self.args.resume else None)
@@ -990,6 +989,7 @@ class Run:
             self.end_stopped()
 
     def end_stopped(self) -> None:
+        """Ends a run that a signal stopped, by KeyboardInterrupt."""
         say(f"{self.folder}: stopped; the same command with --resume goes on from step {self.saved_step}")
         raise KeyboardInterrupt(self.stopped_by)
 
@@ -1013,11 +1013,12 @@ class Run:
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def provenance() -> dict:
+def provenance(device: torch.device) -> dict:
     """What a run's numbers depend on beside its flags: the revision of the folder that the script is in ("-dirty" if it
-    was edited since), versions, processor, threads."""
+    was edited since), versions, processor, threads, device."""
     found = {"revision": None, "python": platform.python_version(), "threads": torch.get_num_threads()}
     found["processor"] = platform.processor()
+    found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     with suppress(OSError):  # there may be no git
         describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         run = subprocess.run(describe, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=False)
