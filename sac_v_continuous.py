@@ -488,14 +488,27 @@ def stored_dtype(space: gym.Space) -> np.dtype:
     return np.dtype(np.float32) if space.dtype.kind == "f" and space.dtype.itemsize > 4 else space.dtype
 
 
+def memory_limit() -> float:
+    """Bytes that this process may have, of the machine's or of its container's or SLURM job's; inf if nothing says."""
+    limits, files = [math.inf], (("", "memory.max"), ("memory", "memory.limit_in_bytes"))  # of both versions of cgroups
+    with suppress(OSError, LookupError):  # not Linux
+        limits.append(1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]))
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            own = line.split(":", 2)[2].strip("/")
+            for place, file in files:
+                for group in Path("/sys/fs/cgroup", place, own, file).parents:
+                    with suppress(OSError, ValueError):  # not there, or "max"
+                        limits.append(int((group / file).read_text()))
+    return min(limits)
+
+
 def check_memory(args: Args, env: gym.Env) -> None:
     """Raises UsageError if the buffer, which claims its memory only as it fills, needs more than there is."""
     spaces = env.observation_space, env.observation_space, env.action_space
     size = 8 + sum(stored_dtype(space).itemsize * math.prod(space.shape) for space in spaces)
-    if Path("/proc/meminfo").exists():
-        available = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
-        words = f"needs {args.buffer_size * size / 1e9:.1f} GB of memory; at most {available // size} fit"
-        require(args.buffer_size * size <= available, f"--buffer-size {args.buffer_size}: {words}")
+    fits = memory_limit() // size
+    words = f"needs {args.buffer_size * size / 1e9:.1f} GB of memory; at most {fits:.0f} fit"
+    require(args.buffer_size <= fits, f"--buffer-size {args.buffer_size}: {words}")
 
 
 class Checked(gym.Wrapper):
@@ -1071,8 +1084,10 @@ def evaluate(actor: nn.Module, args: Args, video: Path, deterministic: bool = Tr
 
 
 def summary(returns: np.ndarray) -> str:
-    """Their mean and half the width of its 95% normal interval."""
-    margin = 1.96 * returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.nan
+    """Their mean and half the width of its 95% normal interval, which one episode does not have."""
+    if len(returns) == 1:
+        return f"{returns[0]:.2f} in one episode"
+    margin = 1.96 * returns.std(ddof=1) / math.sqrt(len(returns))
     return f"{returns.mean():.2f} +- {margin:.2f} over {len(returns)} episodes"
 
 

@@ -875,6 +875,28 @@ def test_a_buffer_beyond_the_memory_says_what_fits(run_script):
     assert fits * 2 * 348 * 4 < 10**12  # bytes: of this machine's order
 
 
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        ("0::/job_7/step_0", {"job_7/step_0/memory.max": "max", "job_7/memory.max": "4000000"}, 4_000_000),  # SLURM
+        ("0::/", {"memory.max": "5000000"}, 5_000_000),  # Docker
+        ("4:memory:/docker/c0", {"memory/memory.limit_in_bytes": "6000000"}, 6_000_000),  # of version 1
+        ("4:memory:/job:7", {"memory/job:7/memory.limit_in_bytes": "7000000"}, 7_000_000),
+        ("0::/", {"memory.max": "9000000000"}, 8_192_000),
+    ],
+)
+def test_the_memory_is_the_machines_or_the_containers_or_the_jobs(tmp_path, monkeypatch, own, limits, expected):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemFree: 1 kB\nMemAvailable:    8000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text(f"1:cpu:/elsewhere\n{own}\n")
+    for name, limit in limits.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{limit}\n")
+    monkeypatch.setattr(sac_continuous, "Path", lambda root, *parts: Path(f"{tmp_path}{root}", *parts))
+    assert sac_continuous.memory_limit() == expected
+
+
 @pytest.mark.slow
 def test_mujoco_is_filmed_without_a_display():
     """Whether there is none, or one that is gone, as after ssh -X."""

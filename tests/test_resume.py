@@ -531,8 +531,12 @@ def test_a_saved_run_is_evaluated_from_its_folder_alone(run_script, capsys, name
     assert (code, err.count("\n")) == (2, 1)
 
 
-def test_the_interval_of_an_evaluation_is_the_normal_one(run_script, monkeypatch):
-    monkeypatch.setattr(klac_discrete, "evaluate", lambda *a: np.array([1.0, 2.0, 6.0]))
+@pytest.mark.parametrize(
+    ("returns", "words"),
+    [([1.0, 2.0, 6.0], "3.00 +- 2.99 over 3 episodes"), ([4.0], "4.00 in one episode")],  # 1.96 sqrt(7 / 3)
+)
+def test_the_interval_of_an_evaluation_is_the_normal_one(monkeypatch, returns, words):
+    monkeypatch.setattr(klac_discrete, "evaluate", lambda *a: np.array(returns))
     Path("runs/it").mkdir(parents=True)
     args = klac_discrete.Args(env_id="Walk-v0")
     actor = klac_discrete.make_networks(args, klac_discrete.make_env(args))[0].state_dict()
@@ -540,4 +544,4 @@ def test_the_interval_of_an_evaluation_is_the_normal_one(run_script, monkeypatch
     printed = []
     monkeypatch.setattr("builtins.print", lambda *a, **k: printed.append(a[0]))
     klac_discrete.evaluate_run(klac_discrete.Args(evaluate="runs/it"))
-    assert printed[0] == "runs/it: deterministic return 3.00 +- 2.99 over 3 episodes"  # 1.96 sqrt(7 / 3)
+    assert printed[0] == f"runs/it: deterministic return {words}"
