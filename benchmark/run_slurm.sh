@@ -71,7 +71,7 @@ echo "${#todo[@]} runs to do, of $total"
 one() {
   local line=${lines[SLURM_ARRAY_TASK_ID]} run code=0 late=""
   run=$(name_of "$line")
-  bash -c "exec env $line" >>"$logs/$run.log" 2>&1 &
+  bash -c "exec env GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} $line" >>"$logs/$run.log" 2>&1 &
   trap : TERM # SLURM sends it to the run as well, which saves itself
   trap 'late=1; kill -TERM $! 2>/dev/null' USR1 # the time limit is near, and only this shell is told
   wait $! || code=$?

@@ -267,6 +267,18 @@ def test_on_a_terminal_each_finished_run_says_how_far_the_list_is():
 
 
 @needs_parallel
+@pytest.mark.parametrize("given", [None, "glibc.malloc.arena_max=1"])
+def test_a_runs_memory_is_in_huge_pages_unless_the_user_says_otherwise(monkeypatch, given):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if given:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    write_list(n=0)
+    Path("list.txt").write_text("""python3 -c 'import os; print(os.environ["GLIBC_TUNABLES"])' --run-name it\n""")
+    drive()
+    assert Path("list.txt.logs/it.log").read_text() == f"{given or 'glibc.malloc.hugetlb=1'}\n"
+
+
+@needs_parallel
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has one worker")
 def test_there_is_a_worker_a_core_whatever_the_threads_of_a_run_are(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which nproc obeys
