@@ -14,7 +14,7 @@ KLAC keeps that regulariser in the actor alone. Equation and line numbers are th
     critic        y = r + beta + gamma (1 - terminated) min_i Q_i'(s', a'), a' ~ pi              Eq. 12, line 10
     actor         E_{a ~ pi}[alpha (log pi - log q) - min_i Q_i]                                 Eq. 13, line 13
     temperature   alpha (H - H*), which holds KL(pi || q) = log vol - H at log vol - H*          Eq. 10, -(line 22)
-    schedule      H*(p), with p, the probability of an action within r of the mode, annealed     section 5.4, line 19
+    schedule      H*(p), with p, the probability of an action within r of the mean's, annealed   section 5.4, line 19
 
 `--no-bias` sets beta to 0 (KLAC-b), `--no-anneal` holds H* at SAC's -d (KLAC-a), both together are KLAC-ab.
 """
@@ -97,7 +97,7 @@ class Args:
     target_entropy: float | None = None
     """entropy target in nats, actions in the environment's units (None: -d); KLAC's is this with --no-anneal alone"""
     exploit_radius: float = 0.25
-    """half-width r of the exploitation region around the mode, in the environment's action units"""
+    """half-width r of the exploitation region around the mean action, in the environment's action units"""
     bias: bool = True
     """add beta to the reward in the critic's target"""
     beta: float = 0.01
@@ -105,7 +105,7 @@ class Args:
     anneal: bool = True
     """anneal the target from p_start to p_end (--no-anneal: SAC's target)"""
     p_start: float = 0.5
-    """target probability of an action within exploit_radius of the mode at step 0, in (0, 1)"""
+    """target probability of an action within exploit_radius of the mean's at step 0, in (0, 1)"""
     p_end: float = 0.8
     """the same at the end of the annealing, in (0, 1)"""
     anneal_timesteps: int | None = None
@@ -488,7 +488,7 @@ def check_flags(args: Args) -> None:
     for name, value in asdict(args).items():
         if value is None or value == getattr(Args, name, None):  # a fork's own default may be 0 or infinite
             continue
-        if Args.__annotations__[name] in (int, int | None) and name not in ("seed", "learning_starts"):
+        if name.endswith(("_timesteps", "_interval", "_episodes", "_size", "_samples", "_frequency")):
             rules.append((name, 0 < value < 2**62, "positive and below 2**62"))
         if name in ("exp_name", "run_name"):
             rules.append((name, value == os.path.basename(os.path.abspath(value)), "a plain folder name"))

@@ -467,7 +467,7 @@ def check_flags(args: Args) -> None:
     for name, value in asdict(args).items():
         if value is None or value == getattr(Args, name, None):  # a fork's own default may be 0 or infinite
             continue
-        if Args.__annotations__[name] in (int, int | None) and name not in ("seed", "learning_starts"):
+        if name.endswith(("_timesteps", "_interval", "_episodes", "_size", "_samples", "_frequency")):
             rules.append((name, 0 < value < 2**62, "positive and below 2**62"))
         if name in ("exp_name", "run_name"):
             rules.append((name, value == os.path.basename(os.path.abspath(value)), "a plain folder name"))

@@ -94,7 +94,7 @@ class Args:
     reward_scale: float = 5.0
     """the critics learn from rewards times this (the paper's: 5, for Humanoid 20); returns are logged unscaled"""
     exploit_radius: float = 0.25
-    """half-width r of the exploitation region around the mode, in the environment's action units"""
+    """half-width r of the exploitation region around the mean action, in the environment's action units"""
 
 
 def make_env(args: Args, render: bool = False) -> gym.Env:
@@ -447,7 +447,7 @@ def check_flags(args: Args) -> None:
     for name, value in asdict(args).items():
         if value is None or value == getattr(Args, name, None):  # a fork's own default may be 0 or infinite
             continue
-        if Args.__annotations__[name] in (int, int | None) and name not in ("seed", "learning_starts"):
+        if name.endswith(("_timesteps", "_interval", "_episodes", "_size", "_samples", "_frequency")):
             rules.append((name, 0 < value < 2**62, "positive and below 2**62"))
         if name in ("exp_name", "run_name"):
             rules.append((name, value == os.path.basename(os.path.abspath(value)), "a plain folder name"))

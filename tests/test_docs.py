@@ -126,7 +126,7 @@ def test_a_fork_with_a_new_flag_of_its_networks_trains_resumes_and_is_evaluated(
     (tmp_path / "klac_wide.py").write_text(source)
     begin = [sys.executable, "klac_wide.py"]
     short = ["--env-id", "CartPole-v1", "--total-timesteps", "400", "--learning-starts", "100", "--no-compile"]
-    short += ["--run-name", "it", "--resume", "--hidden", "24", "--data", "a.csv"]
+    short += ["--run-name", "it", "--resume", "--hidden", "24", "--data", "a.csv", "--delay", "-1"]
     for flags in (short, short, ["--evaluate", "runs/it"]):  # the second time there is nothing left to do
         done = subprocess.run(begin + flags, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
