@@ -128,7 +128,7 @@ def swept(algorithms: list[str]) -> dict:
     numbers = defaultdict(list)
     for name in algorithms:
         stem, _, value = name.rpartition(" ")
-        if name not in STYLES and value.replace(".", "", 1).replace("e-", "", 1).isdecimal():
+        if name not in STYLES and value.removeprefix("-").replace(".", "", 1).replace("e-", "", 1).isdecimal():
             numbers[stem].append((float(value), name))
     of_a_sweep = {name for sweep in numbers.values() for _, name in sweep}
     styles = styles_of(set(algorithms) - of_a_sweep)
@@ -167,7 +167,7 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
                 print(f"{task}, {algorithm}: {NAMES[quantity]}: from {seeds.shape[1]} of {of} seeds")
             if seeds.empty:
                 continue
-            style = {"color": colour, "linestyle": line}
+            style = {"color": colour, "linestyle": line, "marker": "." if len(seeds) == 1 else None}  # makes no line
             (lines[algorithm],) = axis.plot(seeds.index / unit, seeds.mean(axis=1, skipna=False), **style)
             if seeds.shape[1] > 1:
                 axis.plot(seeds.index / unit, seeds, **style, linewidth=0.6, alpha=0.5)
@@ -194,8 +194,8 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
     rows = {name: shown[shown["algorithm"] == name] for name in styles}
     labels = {name: f"{name} ({seeds_of(rows[name])})" if name in rows else name for name in lines}
     order = [name for name in dict.fromkeys([*styles, *lines]) if name in lines]
-    gaps = curves.groupby(["task", "algorithm", "seed"])["step"].diff().mode()
-    title = f"a point: the mean over {int(gaps.min() if len(gaps) else curves['step'].min()):,} steps"
+    gaps = curves.groupby(["task", "algorithm", "seed"])["step"].diff().fillna(curves["step"])
+    title = f"a point: the mean over {int(gaps.mode().max()):,} steps"  # the last one may have fewer
     if curves.groupby(["task", "algorithm"])["seed"].nunique().max() > 1:
         title += "\n" if len(tasks) == 1 else "; "
         title += "thin: a seed; thick: the mean of the seeds"

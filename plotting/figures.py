@@ -15,7 +15,6 @@ table.csv (a row a task and algorithm). A run's score is the mean of its ten bes
 (in figure 5, as in the paper's, standard deviations): one seed has none, and those of two or three are too narrow.
 """
 
-import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +75,7 @@ class Args:
     where: tuple[str, ...] = ()
     """draw only the runs of which this is true, KEY=VALUE, a setting in their args.json (of those that have it)"""
     unfinished: bool = False
-    """use unfinished and damaged runs too, as far as they go"""
+    """use unfinished and damaged runs too, as far as they go: a curve of several seeds ends with the shortest"""
     keep: bool = False
     """keep the runs in the tables in --out too; a run that is given again replaces its rows"""
     redraw: bool = False
@@ -85,8 +84,10 @@ class Args:
 
 def styles_of(names) -> dict:
     """{algorithm: (colour, line)}: the paper's variants have their own, forks and others take what follows."""
-    others = sorted(set(names) - STYLES.keys())
-    return {k: v for k, v in STYLES.items() if k in set(names)} | dict(zip(others, itertools.cycle(OTHERS)))
+    styles = {k: v for k, v in STYLES.items() if k in set(names)}
+    for i, name in enumerate(sorted(set(names) - STYLES.keys())):
+        styles[name] = OTHERS[i % 4][0], OTHERS[(i + i // 4) % 4][1]
+    return styles
 
 
 def unit_of(steps: float) -> tuple[float, str]:
@@ -162,6 +163,10 @@ def draw_curves(curves: pd.DataFrame, grid: list[list[tuple[str, str]]], band: s
                     print(f"{task}, {algorithm}: not drawn: a run is too short for a curve of its {NAMES[quantity]}")
                     continue
                 numbers.append(table)
+                last = here[here["algorithm"] == algorithm].groupby("seed")["step"].max()
+                if last.min() < 0.9 * last.max():
+                    words = f"to step {last.min():.0f}, where the shortest run ends"
+                    print(f"{task}, {algorithm}: {NAMES[quantity]}: {words}")
                 colour, line = styles[algorithm]
                 x = table["step"] / unit
                 (lines[algorithm],) = axis.plot(x, table["mean"], color=colour, linestyle=line)

@@ -133,7 +133,8 @@ def main(args: Args) -> None:
         env_id = trained["env_id"]
     except Exception as error:  # torch raises a different error for each damage
         raise ValueError(f"{path}: damaged") from error
-    if not all("w1" in saved.get(part, {}) for part in ("actor", "critics")):
+    layers = {f"{kind}{layer}" for kind in "wb" for layer in (1, 2, 3)}
+    if not all(saved.get(part, {}).keys() == layers for part in ("actor", "critics")):
         raise ValueError(f"{path}: holds no actor and critics as these scripts save them")
     saved = {part: {k: x.double().numpy() for k, x in state.items()} for part, state in saved.items()}
     if saved["actor"]["w1"].ndim != 3:

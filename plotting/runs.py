@@ -34,7 +34,7 @@ SCRIPTS = ("klac_discrete", "sac_discrete", "klac_continuous", "sac_continuous",
 SCRIPTS += ("sac_v_continuous",)
 KLACS_OWN = {"bias", "beta", "anneal", "p_start", "p_end", "anneal_timesteps", "exploit_radius", "reference"}
 KINDS = {"env_id": str, "algorithm": str, "seed": int, "total_timesteps": int, "learning_starts": int}  # in args.json
-VERSION = 8  # of what is cached
+VERSION = 9  # of what is cached
 HEADER = b"step,tag,value\n"
 ROWS = re.compile(rb'(?:\d{1,15},[^,"\x00-\x1f\x7f-\xff]+,-?(?:\d+(?:\.\d+)?(?:e[+-]\d+)?|inf|nan)\n)*+')
 
@@ -133,11 +133,14 @@ def summarise(name: str, args: dict, scalars: dict, problem: str | None) -> Run:
 def settings_of(args: dict) -> dict:
     """The arguments that make runs of one task and algorithm seeds of one experiment. Of a reference it is the name
     without its digits: each seed may have one of its own."""
-    without_bias = not (args.get("bias") and args.get("beta"))  # has two spellings
-    unused = {"bias", "beta"} if without_bias else set()
+    args, unused = {"env_kwargs": [], **args}, set()  # as of a run older than the flag
+    if not (args.get("bias") and args.get("beta")):
+        unused.add("beta")
+        args |= {"bias": False} if "bias" in args else {}  # has two spellings
     if args.get("anneal") is False:
         unused |= {"p_start", "p_end", "anneal_timesteps"}
-    args = {"env_kwargs": [], **args}  # as of a run older than the flag
+    elif args.get("anneal") and args.get("autotune"):
+        unused |= {"target_entropy", "target_entropy_scale"}
     if args.get("reference"):
         args["reference"] = re.sub(r"\d", "", str(args["reference"]))
     return {k: v for k, v in args.items() if k not in FREE | unused}
@@ -266,8 +269,13 @@ def tables(runs: list[Run], unfinished: bool, where=()) -> tuple[pd.DataFrame, p
     for task in dict.fromkeys(run.summary["task"] for run in chosen):
         here = [run for run in chosen if run.summary["task"] == task]
         # Algorithms differ in flags of their own; what they share must be the same on a task
-        shared = set.intersection(*(set(run.settings) for run in here)) - KLACS_OWN
-        here = largest_set(here, shared)
+        names = [run.settings.keys() - KLACS_OWN for run in here]
+        here = largest_set(here, set.intersection(*names))
+        for name in sorted(set.union(*names) - set.intersection(*names)):  # not of SAC-V, say, but of the others
+            having = [run for run in here if name in run.settings]
+            if len({run.summary["algorithm"] for run in having}) > 1:
+                alike = largest_set(having, {name})
+                here = [run for run in here if name not in run.settings or run in alike]
         for algorithm in dict.fromkeys(run.summary["algorithm"] for run in here):
             of_it = [run for run in here if run.summary["algorithm"] == algorithm]
             for run in largest_set(of_it, set().union(*(run.settings for run in of_it))):
@@ -288,14 +296,15 @@ def note_differences(used: dict) -> None:
     """Says which settings differ between the tasks and algorithms of the runs, {(task, algorithm, seed): run}, that are
     drawn side by side or pooled: those of discrete and of continuous actions by themselves."""
     for discrete in (True, False):
-        runs = {key: run for key, run in used.items() if ("target_entropy_scale" in run.settings) == discrete}
+        runs = {key: run for key, run in used.items() if ("update_frequency" in run.settings) == discrete}
         settings = set().union(*(run.settings for run in runs.values()))
         for name in sorted(settings - {"bias", "anneal", "reference", "env_kwargs"}):
             places, values = defaultdict(set), {}
             for (task, algorithm, _), run in runs.items():
                 if name in run.settings:
-                    # Two that a task may need its own of are compared within it
-                    value = task if name in ("exploit_radius", "p_start") else "", comparable(run.settings[name])
+                    # What a task may need its own of is compared within it
+                    of_a_task = name in ("exploit_radius", "p_start", "target_entropy")
+                    value = task if of_a_task else "", comparable(run.settings[name])
                     values[value] = run.settings[name]
                     places[value].add(f"{algorithm} on {task}")
             for of in sorted({of for of, _ in places}):
@@ -309,6 +318,8 @@ def note_differences(used: dict) -> None:
 def holds(condition: str, settings: dict) -> bool:
     """Whether "KEY=VALUE" is true of the settings: beta=0.1 is of 0.1 and 1e-1, bias=False of false."""
     key, _, value = condition.partition("=")
+    if key == "reference":  # as in settings_of
+        value = re.sub(r"\d", "", value)
     try:
         return float(value) == float(settings[key])
     except (TypeError, ValueError):

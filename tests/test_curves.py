@@ -259,6 +259,8 @@ def test_a_swept_number_is_one_sequence_of_colours_and_no_variants_colour():
     shades = [sum(styles[f"KLAC, beta {beta}"][0][:3]) for beta in ("0.001", "0.03", "0.1")]
     assert shades == sorted(shades)  # from dark to light
     assert len(set(shades)) == 3
+    targets = curves.swept([f"SAC, target_entropy -{i}.0" for i in range(1, 7)])
+    assert len({tuple(colour) for colour, _ in targets.values()}) == 6
 
 
 def test_no_bin_ends_beyond_the_run():
@@ -299,6 +301,17 @@ def test_a_figure_says_what_a_point_is_and_names_the_scales(monkeypatch):
     assert mixed.get_title().get_text().endswith("; thin: a seed; thick: the mean of the seeds")
     single = pictures(monkeypatch, "prefix/checks/breakout_v0", ("return",)).legends[0]
     assert single.get_title().get_text() == "a point: the mean over 5,000 steps"  # one seed has no thin line
+
+
+@pytest.mark.parametrize(("steps", "points"), [([10_000, 15_000], 0), ([10_000], 1), ([200_000, 400_000, 500_000], 0)])
+def test_a_point_is_said_to_be_what_a_whole_one_is_and_a_single_one_is_seen(monkeypatch, steps, points):
+    drawn = []
+    monkeypatch.setattr(curves, "save", lambda figure, stem, dpi: drawn.append(figure))
+    table = pd.DataFrame({"task": "T", "algorithm": "SAC", "seed": 1, "step": steps, "return": 1.0})
+    curves.draw(table, pd.DataFrame({"task": ["T"], "random": [np.nan]}), ("return",), Path())
+    assert drawn[0].legends[0].get_title().get_text() == f"a point: the mean over {steps[0]:,} steps"
+    (line,) = drawn[0].axes[0].get_lines()
+    assert (line.get_marker() == ".") == bool(points)
 
 
 @pytest.mark.parametrize("folder", ["reference/minatar", "reference/halfcheetah", "beta", "prefix/beta_sweep"])

@@ -76,13 +76,12 @@ def test_slices_are_the_critics_and_the_policys_density(draw, module):
 
 def test_what_cannot_be_drawn_is_refused_in_one_line(draw):
     run_dir = sac_discrete.train(sac_discrete.Args(env_id="Walk-v0", **FLAGS))
-    foreign = {
-        "args": {"env_id": "nowhere:No-v0"},
-        "critics": {"w1": torch.ones(2)},
-        "actor": {"w1": torch.ones(1, 1, 1)},
-    }
+    layers = {f"{kind}{layer}": torch.ones(1, 1, 1) for kind in "wb" for layer in (1, 2, 3)}
+    foreign = {"args": {"env_id": "nowhere:No-v0"}, "critics": layers, "actor": layers}
     older = foreign | {"actor": {"network.0.weight": torch.ones(1)}}
-    for name, content in (("empty", None), ("damaged", b"PK"), ("foreign", foreign), ("older", older)):
+    deeper = foreign | {"critics": layers | {"w4": torch.ones(1, 1, 1)}}
+    saved = (("foreign", foreign), ("older", older), ("deeper", deeper))
+    for name, content in (("empty", None), ("damaged", b"PK"), *saved):
         Path(name).mkdir()
         if isinstance(content, bytes):
             Path(name, "actor.pt").write_bytes(content)
@@ -91,7 +90,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(draw):
     for flags, word in [
         ([run_dir], "continuous actions"), (["empty"], "finished run"), ([run_dir, "--steps", -1], "--steps -1: must"),
         (["damaged"], "actor.pt: damaged"), (["foreign"], "nowhere:No-v0, cannot be made: No module named"),
-        (["older"], "holds no actor and critics"),
+        (["older"], "holds no actor and critics"), (["deeper"], "holds no actor and critics"),
     ]:  # fmt: skip
         code, err = draw(*flags, "--out", "figures")
         assert (code, err.count("\n")) == (2, 1), err

@@ -291,6 +291,8 @@ def test_settings_that_differ_between_what_is_drawn_together_are_said(capsys):
     assert capsys.readouterr().out == ""
     runs.tables([*sac, *tasks, *(run("A", "KLAC-b", seed, p_start=0.35) for seed in (1, 2))], False)
     assert capsys.readouterr().out == "note: p_start is 0.5 for KLAC on A, and 0.35 elsewhere\n"
+    runs.tables([run(task, "SAC", 1, target_entropy=-d) for task, d in (("A", 1.0), ("B", 6.0))], False)
+    assert capsys.readouterr().out == ""
 
 
 def test_figures_are_drawn_where_no_cache_can_be_written(tmp_path):
@@ -322,6 +324,50 @@ def a_run(algorithm, seed, **settings):
     return runs.Run(f"{algorithm}{seed}", None, summary, {"step": [1]}, runs.settings_of(settings))
 
 
+def test_an_algorithm_without_a_flag_does_not_mix_runs_of_others_that_differ_in_it(capsys):
+    fixed = [a_run("SAC", seed, autotune=False) for seed in (1, 2, 3)]
+    tuned = [a_run("KLAC", seed, autotune=True) for seed in (1, 2)]
+    for others in ([], [a_run("SAC-V", 1)]):  # which has no autotune
+        summary, _ = runs.tables([*fixed, *tuned, *others], False)
+        assert set(summary["algorithm"]) == {"SAC", *(run.summary["algorithm"] for run in others)}
+        assert "left out: KLAC1: autotune True, not False" in capsys.readouterr().out
+
+
+def test_a_target_that_annealing_sets_aside_tells_no_runs_apart():
+    klac = {"anneal": True, "autotune": True, "target_entropy_scale": 0.89}
+    sac = [a_run("SAC", seed, autotune=True, target_entropy_scale=0.4) for seed in (1, 2)]
+    assert set(runs.tables([*sac, a_run("KLAC", 1, **klac)], False)[0]["algorithm"]) == {"SAC", "KLAC"}
+    for used in ({"anneal": False}, {"autotune": False}):
+        assert set(runs.tables([*sac, a_run("KLAC", 1, **klac | used)], False)[0]["algorithm"]) == {"SAC"}
+
+
+def test_runs_with_and_without_a_bias_are_chosen_by_its_flag():
+    with_it, zero = a_run("KLAC", 1, bias=True, beta=0.01), a_run("KLAC-b", 1, bias=True, beta=0.0)
+    without, sac = a_run("KLAC-b", 2, bias=False, beta=0.01), a_run("SAC", 1)
+    for flag, drawn in (("True", {"KLAC", "SAC"}), ("False", {"KLAC-b", "SAC"})):
+        summary, _ = runs.tables([with_it, zero, without, sac], False, where=[f"bias={flag}"])
+        assert set(summary["algorithm"]) == drawn
+    assert zero.settings == without.settings
+
+
+def test_more_forks_than_colours_have_dashes_of_their_own():
+    names = [f"KLAC ({i:02})" for i in range(16)]
+    styles = figures.styles_of(names)
+    assert [styles[name] for name in names[:4]] == figures.OTHERS
+    assert len(set(styles.values())) == 16
+
+
+def test_where_the_shortest_run_ends_a_curve_is_said(capsys):
+    steps = np.arange(1, 201) * 10.0
+    rows = [pd.DataFrame({"task": "T", "algorithm": "SAC", "seed": seed, "step": steps, "q": 1.0}) for seed in (1, 2)]
+    figures.draw_curves(pd.concat(rows), [[("T", "q")]])
+    assert capsys.readouterr().out == ""
+    rows[1].loc[rows[1]["step"] > 600, "q"] = np.nan
+    _, numbers = figures.draw_curves(pd.concat(rows), [[("T", "q")]])
+    assert capsys.readouterr().out == "T, SAC: mean Q of a batch: to step 600, where the shortest run ends\n"
+    assert numbers["step"].max() == 560
+
+
 def test_runs_with_two_references_are_not_mixed_and_each_seed_may_have_its_own():
     early, late = (
         [a_run("KLAC + reference", i, reference=f"runs/{x}__{i}") for i in (1, 2)] for x in ("early", "late")
@@ -329,7 +375,8 @@ def test_runs_with_two_references_are_not_mixed_and_each_seed_may_have_its_own()
     plain = [a_run("KLAC", seed, reference=None) for seed in (1, 2)]
     summary, _ = runs.tables([*plain, *early, *late[:1]], False)
     assert list(summary["algorithm"]) == ["KLAC"] * 2 + ["KLAC + reference"] * 2
-    summary, _ = runs.tables([*plain, *early, *late[:1]], False, where=["reference=runs/late__"])
+    for name in ("runs/late__", "runs/late__1"):
+        summary, _ = runs.tables([*plain, *early, *late[:1]], False, where=[f"reference={name}"])
     assert list(summary["algorithm"]) == ["KLAC + reference"]
 
 
