@@ -468,15 +468,17 @@ def stored_dtype(space: gym.Space) -> np.dtype:
 
 def memory_limit() -> float:
     """Bytes that this process may have, of the machine's or of its container's or SLURM job's; inf if nothing says."""
-    limits, files = [math.inf], (("", "memory.max"), ("memory", "memory.limit_in_bytes"))  # of both versions of cgroups
+    limits, files = [math.inf], []
     with suppress(OSError, LookupError):  # not Linux
         limits.append(1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]))
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             own = line.split(":", 2)[2].strip("/")
-            for place, file in files:
-                for group in Path("/sys/fs/cgroup", place, own, file).parents:
-                    with suppress(OSError, ValueError):  # not there, or "max"
-                        limits.append(int((group / file).read_text()))
+            files.append(Path("/sys/fs/cgroup", own, "memory.max"))
+            files.append(Path("/sys/fs/cgroup/memory", own, "memory.limit_in_bytes"))  # of version 1 of cgroups
+    for file in files:
+        for group in file.parents:
+            with suppress(OSError, ValueError):  # not there, or "max"
+                limits.append(int((group / file.name).read_text()))
     return min(limits)
 
 
@@ -484,9 +486,9 @@ def check_memory(args: Args, env: gym.Env) -> None:
     """Raises UsageError if the buffer, which claims its memory only as it fills, needs more than there is."""
     spaces = env.observation_space, env.observation_space, env.action_space
     size = 8 + sum(stored_dtype(space).itemsize * math.prod(space.shape) for space in spaces)
-    fits = memory_limit() // size
-    words = f"needs {args.buffer_size * size / 1e9:.1f} GB of memory; at most {fits:.0f} fit"
-    require(args.buffer_size <= fits, f"--buffer-size {args.buffer_size}: {words}")
+    limit = memory_limit()
+    words = f"needs {args.buffer_size * size / 1e9:.1f} GB of memory; at most {limit // size} fit"
+    require(args.buffer_size * size <= limit, f"--buffer-size {args.buffer_size}: {words}")
 
 
 class Checked(gym.Wrapper):

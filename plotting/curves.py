@@ -167,7 +167,7 @@ def draw(curves: pd.DataFrame, summary: pd.DataFrame, show: tuple[str, ...], fol
                 print(f"{task}, {algorithm}: {NAMES[quantity]}: from {seeds.shape[1]} of {of} seeds")
             if seeds.empty:
                 continue
-            style = {"color": colour, "linestyle": line, "marker": "." if len(seeds) == 1 else None}  # makes no line
+            style = {"color": colour, "linestyle": line, "marker": "." if len(seeds) == 1 else None}  # it is no line
             (lines[algorithm],) = axis.plot(seeds.index / unit, seeds.mean(axis=1, skipna=False), **style)
             if seeds.shape[1] > 1:
                 axis.plot(seeds.index / unit, seeds, **style, linewidth=0.6, alpha=0.5)

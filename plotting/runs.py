@@ -318,8 +318,8 @@ def note_differences(used: dict) -> None:
 def holds(condition: str, settings: dict) -> bool:
     """Whether "KEY=VALUE" is true of the settings: beta=0.1 is of 0.1 and 1e-1, bias=False of false."""
     key, _, value = condition.partition("=")
-    if key == "reference":  # as in settings_of
-        value = re.sub(r"\d", "", value)
+    if key == "reference":  # without its digits
+        value = settings_of({key: value})[key]
     try:
         return float(value) == float(settings[key])
     except (TypeError, ValueError):

@@ -897,6 +897,14 @@ def test_the_memory_is_the_machines_or_the_containers_or_the_jobs(tmp_path, monk
     assert sac_continuous.memory_limit() == expected
 
 
+def test_where_nothing_says_how_much_memory_there_is_any_buffer_is_begun(tmp_path, monkeypatch):
+    args = sac_continuous.Args(env_id="Pendulum-v1")
+    env = sac_continuous.make_env(args)
+    monkeypatch.setattr(sac_continuous, "Path", lambda root, *parts: Path(f"{tmp_path}{root}", *parts))  # as on macOS
+    assert sac_continuous.memory_limit() == float("inf")
+    sac_continuous.check_memory(args, env)
+
+
 @pytest.mark.slow
 def test_mujoco_is_filmed_without_a_display():
     """Whether there is none, or one that is gone, as after ssh -X."""
